@@ -1,0 +1,1 @@
+"""Text in, calibrated numbers out. Knows nothing of Kafka, Redis or the worker."""

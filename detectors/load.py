@@ -1,0 +1,82 @@
+"""Detector specs, as settings name them, to detectors."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Final
+
+from detectors.protocol import Detector
+
+PYTHON: Final = "python:"  # a user's own detector: python:package.module:attr
+_MEMBERS: Final = ("name", "digest", "thresholds", "encode", "score")
+
+
+class LoadError(Exception):
+    """A detector cannot be had as configured: the worker must not start."""
+
+
+def load_detectors(specs: Sequence[str], models: Path) -> tuple[Detector, ...]:
+    """The detectors that `specs` name, in their order.
+
+    A spec is the name of a folder under `models`, or `python:package.module:attr` where attr is
+    called without arguments. Raises LoadError saying what to do.
+    """
+    if not specs:
+        raise LoadError("no detector is configured; name at least one, such as 'toxicity'")
+    return tuple(load_detector(spec, models) for spec in specs)
+
+
+def load_detector(spec: str, models: Path) -> Detector:
+    """The detector that one spec names. Raises LoadError."""
+    if spec.startswith(PYTHON):
+        return _from_python(spec)
+    return _from_folder(spec, models)
+
+
+def _from_folder(spec: str, models: Path) -> Detector:
+    # Imported here: a worker whose detectors are all its user's own needs no onnxruntime.
+    from detectors.toxicity import Toxicity
+
+    folder = models / spec
+    if not (folder / "manifest.json").is_file():
+        raise LoadError(
+            f"detector {spec!r}: no manifest.json in {folder}; there are: {_known(models)}. "
+            f"Build one with `python -m export --out {folder}`, "
+            f"or write {PYTHON}package.module:attr for your own"
+        )
+    try:
+        return Toxicity(folder)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"detector {spec!r} in {folder}: {error}") from error
+
+
+def _known(models: Path) -> str:
+    return ", ".join(sorted(path.parent.name for path in models.glob("*/manifest.json"))) or "none"
+
+
+def _from_python(spec: str) -> Detector:
+    detector = _factory(spec)()
+    missing = [member for member in _MEMBERS if not hasattr(detector, member)]
+    if missing:
+        raise LoadError(
+            f"detector {spec!r} made a {type(detector).__name__} without {', '.join(missing)}; "
+            "a detector has the members of detectors.protocol.Detector"
+        )
+    return detector
+
+
+def _factory(spec: str) -> Callable[[], Detector]:
+    module, _, attr = spec.removeprefix(PYTHON).partition(":")
+    if not module or not attr:
+        raise LoadError(f"detector {spec!r}: write it as {PYTHON}package.module:attr")
+    try:
+        found = getattr(import_module(module), attr)
+    except ImportError as error:
+        raise LoadError(
+            f"detector {spec!r}: {error}; install its package or put it on PYTHONPATH"
+        ) from error
+    except AttributeError as error:
+        raise LoadError(f"detector {spec!r}: module {module} has no {attr!r}") from error
+    if not callable(found):
+        raise LoadError(f"detector {spec!r}: {attr} cannot be called; name a class or a function")
+    return found  # type: ignore[no-any-return]  # its members are checked on what it makes

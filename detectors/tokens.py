@@ -1,0 +1,138 @@
+"""Passages to token windows: the conversation as side 0, the stream's text as side 1.
+
+    [CLS] excerpt of the conversation [SEP] text before + judged text [SEP]
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from detectors.protocol import Encoded, Passage, Turn, Window
+
+_CHARS_PER_TOKEN: Final = 8  # generous: English has about 4.5, so a clip by it rarely bites
+_SCRUB: Final = {code: 0xFFFD for code in range(0xD800, 0xE000)}  # lone surrogates
+
+
+class Lengths(NamedTuple):
+    """Token budgets of one window; special tokens come on top."""
+
+    conversation: int = 64
+    text: int = 192  # a segment of 400 characters and as much before it
+    overlap: int = 48  # tokens that two windows of one long text share
+
+
+class _Spans(NamedTuple):
+    """Tokens of a stream's text and where the judged part of them begins."""
+
+    ids: list[int]
+    first: int  # index of the first token that holds a character of the judged text
+
+
+class PairTokens:
+    """Windows of passages. Thread-safe: the tokenizer is only read."""
+
+    def __init__(self, tokenizer: Path, lengths: Lengths = Lengths()) -> None:
+        """tokenizer: a tokenizer.json. ValueError if it is unreadable or has no [CLS], [SEP]."""
+        self._tokenizer = _read(tokenizer)
+        self._lengths = lengths
+        self._cls = self._special("[CLS]")
+        self._sep = self._special("[SEP]")
+        if not 0 <= lengths.overlap < lengths.text:
+            raise ValueError(f"overlap {lengths.overlap} must lie in 0..{lengths.text - 1}")
+
+    def encode(self, passage: Passage) -> Encoded:
+        """Every character of `passage.text` is in some window; `before` loses its front first."""
+        excerpt = self._excerpt(passage.conversation)
+        spans = self._spans(passage)
+        windows = tuple(self._window(excerpt, part) for part in _cut(spans, self._lengths))
+        return Encoded(
+            windows,
+            tokens=sum(len(window.ids) for window in windows),
+            text_tokens=len(spans.ids) - spans.first,
+        )
+
+    def _spans(self, passage: Passage) -> _Spans:
+        """Tokens of before + text, read as one: a word cut by the seam stays a word."""
+        before = passage.before[-self._lengths.text * _CHARS_PER_TOKEN :]
+        encoding = self._encoded(before + passage.text)
+        ends = [end for _, end in encoding.offsets]
+        first = next((i for i, end in enumerate(ends) if end > len(before)), len(ends))
+        return _Spans(encoding.ids, first)
+
+    def _excerpt(self, conversation: Sequence[Turn]) -> list[int]:
+        """At most `lengths.conversation` ids: the newest user turn, then the newest others."""
+        ids: list[int] = []
+        for turn in _by_importance(conversation):
+            room = self._lengths.conversation - len(ids)
+            if room <= 0:
+                break
+            ids += _head_and_tail(self._turn(turn.content), room)
+        return ids
+
+    def _turn(self, content: str) -> list[int]:
+        """Ids of a turn; of a long one the two ends, more of each than any window takes."""
+        keep = self._lengths.conversation * _CHARS_PER_TOKEN
+        if len(content) > 2 * keep:
+            content = content[:keep] + " " + content[-keep:]
+        ids: list[int] = self._encoded(content).ids
+        return ids
+
+    def _encoded(self, text: str):  # type: ignore[no-untyped-def]  # tokenizers ships no types
+        # Rust strings cannot hold a surrogate; U+FFFD has the same length, so offsets stay.
+        return self._tokenizer.encode(text.translate(_SCRUB), add_special_tokens=False)
+
+    def _window(self, excerpt: list[int], text: list[int]) -> Window:
+        ids = [self._cls, *excerpt, self._sep, *text, self._sep]
+        type_ids = np.zeros(len(ids), dtype=np.int64)
+        type_ids[len(excerpt) + 2 :] = 1
+        return Window(np.array(ids, dtype=np.int64), type_ids)
+
+    def _special(self, token: str) -> int:
+        found: int | None = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the tokenizer has no {token}")
+        return found
+
+
+def _read(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _by_importance(conversation: Sequence[Turn]) -> Iterator[Turn]:
+    newest_first = list(reversed(conversation))
+    asked = next((i for i, turn in enumerate(newest_first) if turn.role == "user"), None)
+    if asked is not None:
+        yield newest_first.pop(asked)
+    yield from newest_first
+
+
+def _head_and_tail(ids: list[int], room: int) -> list[int]:
+    """At most `room` ids. The ends of a request tell more than its middle."""
+    if len(ids) <= room:
+        return ids
+    tail = room // 2
+    return ids[: room - tail] + ids[len(ids) - tail :]
+
+
+def _cut(spans: _Spans, lengths: Lengths) -> Iterator[list[int]]:
+    """One window where the judged tokens fit, else overlapping ones over all of them.
+
+    What room the first window has goes to the text before; later windows overlap the last one.
+    """
+    ids, budget = spans.ids, lengths.text
+    start = max(0, min(spans.first, len(ids) - budget))
+    if len(ids) - spans.first > budget:
+        start = max(0, spans.first - lengths.overlap)
+    yield ids[start : start + budget]
+    while start + budget < len(ids):
+        start = min(start + budget - lengths.overlap, len(ids) - budget)
+        yield ids[start : start + budget]

@@ -1,0 +1,1 @@
+"""Data to checkpoints. Needs torch; nothing at run time imports this."""
