@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from detectors.protocol import Encoded, Passage, Turn, Window
 
 _CHARS_PER_TOKEN: Final = 8  # generous: English has about 4.5, so a clip by it rarely bites
-_SCRUB: Final = {code: 0xFFFD for code in range(0xD800, 0xE000)}  # lone surrogates
+_SCRUB: Final = dict.fromkeys(range(55296, 57344), 65533)  # lone surrogates
 
 
 class Lengths(NamedTuple):
@@ -34,9 +34,12 @@ class _Spans(NamedTuple):
 class PairTokens:
     """Windows of passages. Thread-safe: the tokenizer is only read."""
 
-    def __init__(self, tokenizer: Path, lengths: Lengths = Lengths()) -> None:
+    def __init__(self, tokenizer: bytes, lengths: Lengths = Lengths()) -> None:
         """tokenizer: a tokenizer.json. ValueError if it is unreadable or has no [CLS], [SEP]."""
         self._tokenizer = _read(tokenizer)
+        # The turns before a stream are the same for each of its segments. Clipped turns only, so
+        # the cache stays below 5 MB.
+        self._turn_ids = lru_cache(maxsize=1024)(self._fresh_turn_ids)
         self._lengths = lengths
         self._cls = self._special("[CLS]")
         self._sep = self._special("[SEP]")
@@ -69,16 +72,16 @@ class PairTokens:
             room = self._lengths.conversation - len(ids)
             if room <= 0:
                 break
-            ids += _head_and_tail(self._turn(turn.content), room)
+            ids += _head_and_tail(self._turn_ids(self._clipped(turn.content)), room)
         return ids
 
-    def _turn(self, content: str) -> list[int]:
-        """Ids of a turn; of a long one the two ends, more of each than any window takes."""
+    def _clipped(self, content: str) -> str:
+        """The two ends of a long turn, more of each than any window takes."""
         keep = self._lengths.conversation * _CHARS_PER_TOKEN
-        if len(content) > 2 * keep:
-            content = content[:keep] + " " + content[-keep:]
-        ids: list[int] = self._encoded(content).ids
-        return ids
+        return content if len(content) <= 2 * keep else f"{content[:keep]} {content[-keep:]}"
+
+    def _fresh_turn_ids(self, content: str) -> tuple[int, ...]:
+        return tuple(self._encoded(content).ids)
 
     def _encoded(self, text: str):  # type: ignore[no-untyped-def]  # tokenizers ships no types
         # Rust strings cannot hold a surrogate; U+FFFD has the same length, so offsets stay.
@@ -97,11 +100,11 @@ class PairTokens:
         return found
 
 
-def _read(path: Path) -> Tokenizer:
+def _read(content: bytes) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        raise ValueError(f"not a tokenizer.json: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -115,7 +118,7 @@ def _by_importance(conversation: Sequence[Turn]) -> Iterator[Turn]:
     yield from newest_first
 
 
-def _head_and_tail(ids: list[int], room: int) -> list[int]:
+def _head_and_tail(ids: tuple[int, ...], room: int) -> tuple[int, ...]:
     """At most `room` ids. The ends of a request tell more than its middle."""
     if len(ids) <= room:
         return ids

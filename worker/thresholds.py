@@ -1,0 +1,61 @@
+"""Thresholds in force per tenant, read by decide. Pure: updates are handed in."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from detectors.harms import DEFAULT_THRESHOLDS, THRESHOLD_KEYS
+from detectors.protocol import Detector
+from worker.settings import Settings
+
+
+class InForce(NamedTuple):
+    """Thresholds of one tenant, in the order of THRESHOLD_KEYS, and their version."""
+
+    values: tuple[float, ...]  # (7,) a score above, not equal, counts
+    version: int  # 0: as shipped and set; else the newest learnt update's
+
+
+class Thresholds:
+    """Shipped with the model < learnt from labels < set by the operator for a tenant."""
+
+    def __init__(self, shipped: Mapping[str, float], settings: Settings) -> None:
+        self._shipped = {**DEFAULT_THRESHOLDS, **shipped}
+        self._settings = settings
+        self._learnt: dict[tuple[str, str], tuple[float, int]] = {}
+        self._in_force: dict[str, InForce] = {}
+
+    def of(self, tenant: str) -> InForce:
+        """What is in force for `tenant` now."""
+        found = self._in_force.get(tenant)
+        if found is None:
+            if len(self._in_force) >= 10_000:  # tenant names come from outside
+                self._in_force.clear()
+            found = self._in_force[tenant] = self._compute(tenant)
+        return found
+
+    def update(self, tenant: str, harm: str, threshold: float, version: int) -> None:
+        """Put a learnt threshold in force. Raises ValueError on an unknown harm or value."""
+        if harm not in THRESHOLD_KEYS or not 0.0 <= threshold <= 1.0:
+            msg = f"threshold {threshold} of {harm!r}: unknown harm or outside 0..1"
+            raise ValueError(msg)
+        self._learnt[tenant, harm] = (threshold, version)
+        self._in_force.clear()
+
+    def _compute(self, tenant: str) -> InForce:
+        set_by_operator = self._settings.tenant(tenant).thresholds
+        values, versions = [], [0]
+        for harm in THRESHOLD_KEYS:
+            learnt = self._learnt.get((tenant, harm))
+            if learnt is not None:
+                versions.append(learnt[1])
+            value = self._shipped[harm] if learnt is None else learnt[0]
+            values.append(set_by_operator.get(harm, value))
+        return InForce(tuple(values), max(versions))
+
+
+def shipped_thresholds(detectors: Sequence[Detector]) -> dict[str, float]:
+    """The thresholds that the models bring; of two that bring one, the first counts."""
+    merged: dict[str, float] = {}
+    for detector in reversed(detectors):
+        merged.update(detector.thresholds)
+    return merged
