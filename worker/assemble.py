@@ -126,7 +126,7 @@ class Stream:
 
     __slots__ = (
         "_base", "_buffer", "_carry", "_marks", "_ordinal", "_scan", "_tail", "channel",
-        "conversation", "cut", "decided", "decided_end", "decided_last", "decided_marks", "early",
+        "context_key", "conversation", "cut", "decided", "decided_end", "decided_last", "decided_marks", "early",
         "epoch", "finished", "frozen", "gap_since", "index", "last_offset", "last_seq",
         "last_timestamp_ms", "limits", "needed_from", "next_seq", "next_tail", "outbox",
         "released_to", "resume", "seen", "stream_id", "tenant", "through",
@@ -140,6 +140,7 @@ class Stream:
         self.tenant = tenant
         self.channel = channel
         self.conversation = conversation
+        self.context_key: bytes | None = None  # of the score cache, computed once
         self.limits = limits
         self.next_tail = next_tail  # (tail, text) -> tail after text
         self.epoch = epoch

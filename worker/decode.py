@@ -32,9 +32,19 @@ def decode(value: bytes | None) -> Delta:
 def _decode_surrogates(value: bytes) -> Delta:
     try:
         parsed: Any = json.loads(value, parse_constant=_refuse_constant)
-        return msgspec.convert(parsed, Delta)
+        delta = msgspec.convert(parsed, Delta)
+        for name in ("stream_id", "tenant"):  # they become keys and labels
+            _check_encodable(getattr(delta, name), name)
+        return delta
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise _unreadable(error) from None
+
+
+def _check_encodable(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unreadable("half a surrogate pair", name) from None
 
 
 def _refuse_constant(name: str) -> NoReturn:

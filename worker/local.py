@@ -28,10 +28,11 @@ import tomllib
 import uuid
 from abc import ABC, abstractmethod
 from base64 import urlsafe_b64encode
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from worker.errors import Stop
 
@@ -123,9 +124,12 @@ def _is_intact(path: Path, sha256: str) -> bool:
 def _download(jars: Sequence[Jar], folder: Path, progress: Progress) -> None:
     """Put the jars into `folder`, eight at a time; what was fetched before a failure stays."""
     progress(f"fetching Apache Kafka {KAFKA_VERSION}: {len(jars)} jars")
-    with ThreadPoolExecutor(8) as pool:
+    pool = ThreadPoolExecutor(8)
+    try:
         for done, jar in enumerate(pool.map(lambda jar: _download_one(jar, folder), jars), 1):
             progress(f"fetched {done} of {len(jars)}: {jar.file_name}")
+    finally:
+        pool.shutdown(cancel_futures=True)  # offline, one failure is enough
 
 
 def _download_one(jar: Jar, folder: Path) -> Jar:
@@ -154,26 +158,31 @@ def _download_one(jar: Jar, folder: Path) -> Jar:
     raise LocalServiceError(msg)
 
 
-def _resolve(coordinate: str, repository: Path) -> Path:
-    """Download one jar through jgo into a repository folder. No poms: the lock file has it all."""
+def _maven(repository: Path) -> Any:  # MavenContext, untyped for us
+    """jgo's view of Maven Central, or of the mirrors in its settings, that stores into a folder."""
     from jgo.config import GlobalSettings
     from jgo.constants import MAVEN_CENTRAL_URL
     from jgo.maven import MavenContext
 
     remotes = {"central": MAVEN_CENTRAL_URL, **GlobalSettings.load().repositories}
-    context = MavenContext(repo_cache=repository, remote_repos=remotes, timeout=60)  # seconds
+    return MavenContext(repo_cache=repository, remote_repos=remotes, timeout=60)  # seconds
+
+
+def _resolve(coordinate: str, repository: Path) -> Path:
+    """Download one jar through jgo into a repository folder. No poms: the lock file has it all."""
     group, artifact, version = coordinate.split(":")
-    return Path(context.project(group, artifact).at_version(version).artifact().resolve())
+    project = _maven(repository).project(group, artifact)
+    return Path(project.at_version(version).artifact().resolve())
 
 
 def resolve_lock() -> str:
     """The text of a new lock file: Kafka and all it needs at run time, resolved now (25 s)."""
-    from jgo.maven import MavenContext
     from jgo.parse import Coordinate
 
     with tempfile.TemporaryDirectory() as scratch:
-        context = MavenContext(repo_cache=Path(scratch))
-        roots = [context.create_dependency(Coordinate.parse(f"{r}:compile")) for r in _ROOTS]
+        context = _maven(Path(scratch))
+        wanted = [replace(Coordinate.parse(root), scope="compile") for root in _ROOTS]
+        roots = [context.create_dependency(coordinate) for coordinate in wanted]
         inputs, others = context.resolver.resolve(roots)
         needed = [*inputs, *(d for d in others if d.scope in {"compile", "runtime"})]
         sums = {
@@ -419,7 +428,7 @@ class KafkaCluster(_Service):
         self._properties = dict(properties or {})
         self._progress = progress or _silent
         self._java_options: tuple[str, ...] = ()
-        self._cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
+        self._cluster_id = _kafka_uuid()
         self._class_path: list[Path] = []
         self._nodes: dict[int, _Node] = {}
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -486,7 +495,9 @@ class KafkaCluster(_Service):
                 socket.create_connection((LOOPBACK, node.port), timeout=1.0).close()
             except OSError:
                 return f"node {node.number} does not listen"
-        return _run_apart(nodes) if nodes else "no node is running"
+        if not nodes:
+            return "no node is running"
+        return _run_apart(_cluster_gap({node.port for node in nodes}, self._cluster_id))
 
     def _start_once(self) -> None:
         self._class_path = fetch_kafka(self._progress)
@@ -503,17 +514,21 @@ class KafkaCluster(_Service):
         self.wait_ready()
 
     def _format(self, guard: _Guard) -> None:
-        """Write each node's settings and an empty storage, all nodes at once."""
-        command = ["kafka.tools.StorageTool", "format", "--ignore-formatted"]
-        runs = []
+        """Write each node's settings and an empty storage.
+
+        Kafka's own tool formats the first node's. The others get copies under their own ids:
+        the tool is a JVM of its own, a second each, and the rest of what it writes is the same.
+        """
         for node in self._nodes.values():
-            node.folder.mkdir(parents=True, exist_ok=True)
+            (node.folder / "data").mkdir(parents=True, exist_ok=True)
             node.config.write_text(self._server_properties(node), encoding="utf-8")
-            arguments = [*command, "-t", self._cluster_id, "-c", node.config]
-            runs.append((guard.spawn([*self._java(node), *arguments], node.log), node.log))
-        for process, log in runs:
-            if process.wait():
-                self._check_alive(process, log)
+        first, *others = self._nodes.values()
+        tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", self._cluster_id]
+        process = guard.spawn([*self._java(first), *tool, "-c", first.config], first.log)
+        if process.wait():
+            self._check_alive(process, first.log)
+        for node in others:
+            _copy_storage(first, node)
 
     def _spawn(self, node: _Node) -> None:
         command = [*self._java(node), *self._java_options, "kafka.Kafka", node.config]
@@ -532,6 +547,8 @@ class KafkaCluster(_Service):
             "-XX:+UseSerialGC",
             "-XX:TieredStopAtLevel=1",
             *recorded,
+            "-Xlog:disable",  # it warns of each thing in the recording that it does not use
+            "-Xlog:all=error",
             "-Xmx768m" if self._size == 1 else "-Xmx512m",
             "-XX:+ExitOnOutOfMemoryError",
             "-XX:-UsePerfData",  # a file in /tmp that SIGKILL would leave there
@@ -565,6 +582,26 @@ class KafkaCluster(_Service):
         return "".join(f"{key}={value}\n" for key, value in settings.items())
 
 
+def _kafka_uuid() -> str:
+    """A random id as Kafka writes them: 22 characters, the first no dash, as an option's is."""
+    while (text := urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()).startswith("-"):
+        pass
+    return text
+
+
+def _copy_storage(source: _Node, target: _Node) -> None:
+    """Give `target` the empty storage of `source`, unless it has one."""
+    meta, checkpoint = "meta.properties", "bootstrap.checkpoint"
+    if (target.folder / "data" / meta).exists():
+        return
+    shutil.copy(source.folder / "data" / checkpoint, target.folder / "data" / checkpoint)
+    lines = (source.folder / "data" / meta).read_text(encoding="utf-8").splitlines()
+    own = {"node.id": str(target.number), "directory.id": _kafka_uuid()}
+    pairs = dict(line.split("=", 1) for line in lines if not line.startswith("#")) | own
+    text = "".join(f"{key}={value}\n" for key, value in pairs.items())
+    (target.folder / "data" / meta).write_text(text, encoding="utf-8")
+
+
 _SERVER_PROPERTIES = {
     "auto.create.topics.enable": "false",  # a misspelt topic is an error
     "offsets.topic.num.partitions": "4",  # 50 by default: files and elections for nothing
@@ -580,13 +617,13 @@ _SERVER_PROPERTIES = {
 }
 
 
-def _run_apart(nodes: Iterable[_Node]) -> str:
-    """`_cluster_gap` in a thread and a loop of its own: we may be called from inside a loop."""
+def _run_apart(question: Coroutine[None, None, str]) -> str:
+    """The answer from a loop in a thread of its own: we may be called from inside a loop."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(_cluster_gap({n.port for n in nodes}))).result()
+        return pool.submit(asyncio.run, question).result()
 
 
-async def _cluster_gap(ports: set[int]) -> str:
+async def _cluster_gap(ports: set[int], cluster_id: str) -> str:
     """What the cluster of the brokers on these ports still lacks; "" when nothing."""
     from aiokafka.admin import AIOKafkaAdminClient
     from aiokafka.errors import KafkaError
@@ -598,7 +635,10 @@ async def _cluster_gap(ports: set[int]) -> str:
     )
     try:
         await admin.start()  # type: ignore[no-untyped-call]  # aiokafka types but some
-        brokers = (await admin.describe_cluster())["brokers"]
+        cluster = await admin.describe_cluster()
+        if cluster["cluster_id"] != cluster_id:
+            return "another cluster got the port first"
+        brokers = cluster["brokers"]
         if {broker["port"] for broker in brokers} != ports:
             return f"{len(brokers)} brokers are known, {len(ports)} are running"
         for kind in (0, 1):  # of groups, of transactions; asking creates their topics
@@ -712,20 +752,20 @@ class Valkey(_Service):
         command = [get_binary_path(), *arguments, "no", "--dir", guard.directory]
         self._process = guard.spawn(command, log)
         deadline = time.monotonic() + 10.0  # seconds
-        while not self._answers():
+        while not self._answers(self._process.pid):
             self._check_alive(self._process, log)
             if time.monotonic() > deadline:
                 raise LocalServiceError(f"valkey does not answer after 10 s:\n{_tail(log)}")
             time.sleep(_POLL_S)
 
-    def _answers(self) -> bool:
-        """Whether it says PONG; a process that is about to fail may accept a connection."""
+    def _answers(self, pid: int) -> bool:
+        """Whether the server on our port answers and is ours, not another that got there first."""
         with (
             contextlib.suppress(OSError),
             socket.create_connection((LOOPBACK, self._port), timeout=1.0) as connection,
         ):
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
+            connection.sendall(b"INFO server\r\n")
+            return b"process_id:%d\r\n" % pid in connection.recv(65_536)
         return False
 
 

@@ -22,7 +22,7 @@ from worker.offsets import OpenOffsets
 from worker.settings import TEMPLATES, Settings
 from worker.thresholds import Thresholds
 
-MAX_EARLY_CHARS = 1_000_000  # of deltas that wait for a missing one
+MAX_EARLY_CHARS = 200_000  # of deltas that wait for a missing one; a snapshot holds them
 DEAD_LETTER_QUIET_S = 0.5  # a run of unreadable records is over after so long without another
 _TOMBSTONES = 500  # a transaction
 
@@ -50,7 +50,8 @@ class Output(NamedTuple):
     dead_letters: list[DeadLetter]
     journal: list[tuple[str, bytes | None]]  # stream id, record; None is a tombstone
     offset: int  # to commit
-    journal_from: int | None  # lowest journal offset that still matters, as far as known
+    journal_from: int  # lowest journal offset that still matters, as far as known
+    buried_to: int  # dead letters of input offsets below are published
 
 
 class Lane:
@@ -79,6 +80,8 @@ class Lane:
         self._changed: dict[str, None] = {}  # streams to journal, in order
         self._spilled: set[str] = set()
         self._journal_offsets: OrderedDict[str, int] = OrderedDict()
+        self._buried_to = 0  # dead letters of offsets below are published
+        self._journal_end = 0  # no journal offset that matters is below, where none is known
         self._log_ms = 0  # Kafka's clock, as far as the log was read
         self._commit_due = 0.0  # monotonic seconds
 
@@ -109,8 +112,9 @@ class Lane:
         return self._advance(stream, delta, offset, timestamp_ms, now)
 
     def _bury(self, letter: DeadLetter, now: float) -> None:
-        self._dead.append(letter)
-        self._dead_last = now
+        if letter.offset >= self._buried_to:
+            self._dead.append(letter)
+            self._dead_last = now
         self._dead_run += 1
         if self._dead_run > self._rules.settings.max_dead_letters_in_row:
             msg = (
@@ -262,14 +266,6 @@ class Lane:
 
     # -- judgements in ------------------------------------------------------------------------
 
-    def settle(self, segment: Segment, judgement: Judgement, now: float, wall_ms: int) -> None:
-        """Note the judgement; decide every segment of the stream whose turn it is."""
-        stream = segment.stream
-        if self._streams.get(stream.stream_id) is not stream:
-            return  # the stream was blocked meanwhile, or the lane was taken anew
-        segment.judgement = judgement
-        self.advance(stream, now, wall_ms)
-
     def advance(self, stream: Stream, now: float, wall_ms: int) -> None:
         """Decide the stream's segments in order, as far as they are judged."""
         ahead = self._rules.settings.lookahead_segments
@@ -343,6 +339,34 @@ class Lane:
         return bool(self._ready)
 
     @property
+    def due(self) -> bool:
+        """Whether offsets or dead letters wait for their time."""
+        return bool(self._ready or self._dead or self._changed) or self._offset() != self.committed
+
+    @property
+    def backlog(self) -> int:
+        """Decisions not published yet."""
+        return len(self._ready)
+
+    def holds(self, segment: Segment) -> bool:
+        """Whether the segment's stream is open here, so that its judgement is wanted."""
+        return self._streams.get(segment.stream.stream_id) is segment.stream
+
+    @property
+    def judging(self) -> bool:
+        """Whether a segment is cut and waits for its judgement, not only for later segments."""
+        return any(
+            segment.judgement is None for stream in self._streams.values() for segment in stream.outbox
+        )
+
+    def drop(self) -> None:
+        """Forget every stream: judgements that are still on their way change nothing."""
+        self._streams.clear()
+        self._gapped.clear()
+        self._resumes.clear()
+        self._ready.clear()
+
+    @property
     def open_streams(self) -> int:
         """Streams that have not ended."""
         return len(self._streams)
@@ -364,13 +388,16 @@ class Lane:
         journal = [(stream_id, self._entry(stream_id)) for stream_id in self._changed]
         journal += self._expired()
         decisions, self._ready, self._changed = self._ready, [], {}
-        journal_from = next(iter(self._journal_offsets.values()), None)
-        return Output(decisions, letters, journal, self._offset(), journal_from)
+        if letters:
+            self._buried_to = letters[-1].offset + 1
+        journal_from = next(iter(self._journal_offsets.values()), self._journal_end)
+        return Output(decisions, letters, journal, self._offset(), journal_from, self._buried_to)
 
     def done(self, output: Output, journal_offsets: Iterable[int]) -> None:
         """The transaction is committed; its journal records lie at these offsets."""
         self.committed = output.offset
         for (stream_id, record), offset in zip(output.journal, journal_offsets, strict=True):
+            self._journal_end = offset
             if record is None:
                 self._journal_offsets.pop(stream_id, None)
             else:
@@ -432,14 +459,16 @@ class Lane:
     # -- after a restart ----------------------------------------------------------------------
 
     def load(
-        self, committed: int, journal: Mapping[str, tuple[int, bytes]], now: float
-    ) -> list[Segment]:
+        self, committed: int, journal: Mapping[str, tuple[int, bytes]], now: float,
+        buried_to: int = 0, journal_end: int = 0,
+    ) -> list[Segment]:  # fmt: skip
         """Take over where the last owner left off; the segments that it had cut, not decided.
 
         committed: the group's offset. journal: stream id -> (journal offset, record), the latest
-        of each, in the order of their offsets.
+        of each, in the order of their offsets; nothing at or above journal_end.
         """
         self.position = self.committed = committed
+        self._buried_to, self._journal_end = buried_to, journal_end
         segments: list[Segment] = []
         for stream_id, (offset, record) in journal.items():
             entry = json.loads(record)

@@ -1,0 +1,1 @@
+"""A checkpoint to a model folder that detectors/session.py serves. Needs torch."""

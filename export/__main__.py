@@ -1,0 +1,156 @@
+"""Makes a model folder: `python -m export --checkpoint RUN --out models/toxicity --data DATA`.
+
+The steps are those of the package: graph, int8, parity; then calibration, thresholds and figures
+from the int8 graph, because that is the one that serves; then the manifest.
+"""
+
+import argparse
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from detectors.calibrate import Calibration
+from detectors.protocol import Window
+from detectors.tokens import PairTokens
+from export import manifest, parity
+from export.quantize import quantize
+from export.to_onnx import opset, to_onnx
+from training import base, measure, rows, sources, thresholds
+from training.measure import Scored
+from training.model import load
+from training.rows import Parts, Row
+from training.windows import judged
+
+_A_SOURCE: Final = {"calibrate": 40, "report": 40, "unseen": 150}  # rows of each source, at most
+_HARMLESS_A_SOURCE: Final = 80  # and of each source of long harmless replies
+_PARITY_ROWS: Final = 200
+_SEED: Final = 1
+
+
+class _Choice(NamedTuple):
+    calibration: Calibration
+    thresholds: dict[str, float]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checkpoint to model folder, figures printed."""
+    arguments = _arguments(argv)
+    run, out, work = arguments.checkpoint, arguments.out, arguments.checkpoint / "onnx"
+    out.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    parts = rows.split(rows.read(arguments.data / "permissive"))
+    tokens = PairTokens((run / manifest.TOKENIZER).read_bytes())
+    figures = _graphs(run, work, _windows(parts.report, tokens))
+    shutil.copyfile(work / manifest.MODEL, out / manifest.MODEL)
+    shutil.copyfile(run / manifest.TOKENIZER, out / manifest.TOKENIZER)
+    scored = _scored(parts, tokens, out / manifest.MODEL, arguments.threads)
+    choice = _choose(scored)
+    figures |= _figures(scored, choice)
+    provenance = _provenance(arguments.data / "permissive", run)
+    made = manifest.Made(opset(out / manifest.MODEL), *choice, provenance, figures)
+    manifest.write(out, manifest.contents(out, made))
+    print(json.dumps(manifest.without_nan(figures), indent=1))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder of training")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args(argv)
+
+
+def _graphs(run: Path, work: Path, windows: list[Window]) -> dict[str, Any]:
+    """Writes both graphs; raises ParityError where fp32 is not the checkpoint."""
+    judge = load(run)
+    fp32, int8 = work / "model.onnx", work / manifest.MODEL
+    to_onnx(judge, fp32)
+    quantize(fp32, int8)
+    largest = parity.check_fp32(judge, fp32, windows)
+    loss = parity.int8_loss(fp32, int8, windows)
+    print(f"fp32 off by {largest:.1e}; int8 {loss}", flush=True)
+    # As text: rounding to four digits would make it 0.
+    return {"fp32_largest_logit_error": f"{largest:.1e}", "int8_score_error": loss._asdict()}
+
+
+def _windows(some: list[Row], tokens: PairTokens) -> list[Window]:
+    chosen = random.Random(_SEED).sample(some, min(_PARITY_ROWS, len(some)))  # noqa: S311 - a sample
+    return [tokens.encode(judged(row)[-1]).windows[0] for row in chosen]
+
+
+def _scored(parts: Parts, tokens: PairTokens, graph: Path, threads: int) -> dict[str, Scored]:
+    """The parts that were not trained on, and the long harmless replies in each."""
+    logits_of = parity.of_graph(graph)
+    found = {}
+    for part, most in _A_SOURCE.items():
+        members: list[Row] = getattr(parts, part)
+        for name, chosen in (
+            (part, _some(members, most)),
+            (f"{part}_harmless", _some(filter(_long_harmless, members), _HARMLESS_A_SOURCE)),
+        ):
+            found[name] = measure.score(chosen, tokens, logits_of, threads)
+            print(f"{name}: {len(chosen)} rows", flush=True)
+    return found
+
+
+def _some(members: Any, most: int) -> list[Row]:
+    by_source: dict[str, list[Row]] = {}
+    for row in members:
+        by_source.setdefault(row.source, []).append(row)
+    chance = random.Random(_SEED)  # noqa: S311 - a sample, not a secret
+    return [r for group in by_source.values() for r in chance.sample(group, min(most, len(group)))]
+
+
+def _long_harmless(row: Row) -> bool:
+    return (
+        row.source in sources.LONG_HARMLESS
+        and row.kind == "reply"
+        and row.targets[-1] == 0
+        and row.weights[-1] == 1
+    )
+
+
+def _choose(scored: dict[str, Scored]) -> _Choice:
+    calibration = thresholds.calibrate(scored["calibrate"])
+    return _Choice(
+        calibration,
+        thresholds.choose(scored["calibrate"], scored["calibrate_harmless"], calibration),
+    )
+
+
+def _figures(scored: dict[str, Scored], choice: _Choice) -> dict[str, Any]:
+    """Figures on rows that neither weights nor calibration nor thresholds have seen."""
+    found: dict[str, Any] = {}
+    for part in ("report", "unseen"):
+        by_column = measure.table(scored[part], *choice)
+        found[part] = {column: figures._asdict() for column, figures in by_column.items()}
+        found[f"{part}_replies"] = _harmful_of_replies(scored[part], choice)
+        harmless = scored[f"{part}_harmless"]
+        found[f"{part}_harmless_replies"] = len(harmless.rows)
+        found[f"{part}_harmless_replies_blocked"] = float(measure.blocked(harmless, *choice).mean())
+    found["by_source"] = measure.blocked_by_source(scored["unseen"], *choice)
+    return found
+
+
+def _harmful_of_replies(scored: Scored, choice: _Choice) -> dict[str, Any]:
+    replies = scored.only(lambda row: row.kind == "reply")
+    return measure.table(replies, *choice)["harmful"]._asdict()
+
+
+def _provenance(data: Path, run: Path) -> dict[str, Any]:
+    untrained = sources.UNUSED | sources.UNSEEN
+    return {
+        "base": {"name": base.NAME, "package": base.REQUIREMENT, "licence": base.LICENCE},
+        "licence": "Apache-2.0",
+        "settings": json.loads((run / "settings.json").read_text()),
+        "data": {s: licence for s, licence in rows.licences(data).items() if s not in untrained},
+        "held_out_sources": sorted(sources.UNSEEN),
+    }
+
+
+if __name__ == "__main__":
+    main()

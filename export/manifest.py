@@ -1,0 +1,70 @@
+"""manifest.json: what a model folder holds, where it comes from and how good it is."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detectors.calibrate import Calibration
+from detectors.harms import COLUMNS
+from detectors.session import FORMAT
+from detectors.tokens import DEFAULT_LENGTHS, Lengths
+
+MODEL, TOKENIZER = "model.int8.onnx", "tokenizer.json"
+
+
+class Made(NamedTuple):
+    """What a manifest says beside the digests of the files."""
+
+    opset: int  # of the graph's own operators
+    calibration: Calibration
+    thresholds: Mapping[str, float]  # by THRESHOLD_KEYS
+    provenance: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    lengths: Lengths = DEFAULT_LENGTHS
+
+
+def contents(folder: Path, made: Made) -> dict[str, Any]:
+    """The manifest of a folder that holds the graph and the tokenizer already."""
+    return {
+        "format": FORMAT,
+        "name": "toxicity",
+        "columns": list(COLUMNS),
+        "model": MODEL,
+        "tokenizer": TOKENIZER,
+        "precision": "int8, dynamic, weights per channel",
+        "opset": made.opset,
+        "lengths": made.lengths._asdict(),
+        "files": digests(folder, (MODEL, TOKENIZER)),
+        "calibration": _pairs(made.calibration),
+        "thresholds": dict(made.thresholds),
+        "provenance": dict(made.provenance),
+        "metrics": without_nan(made.metrics),
+    }
+
+
+def write(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes it last: a folder without a manifest is not a model."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """File name to SHA-256, hex."""
+    return {name: sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def without_nan(value: Any) -> Any:
+    """The same figures, rounded to 4 digits; null where there is none."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
+
+
+def _pairs(calibration: Calibration) -> dict[str, list[float]]:
+    columns = zip(COLUMNS, calibration.slopes, calibration.intercepts, strict=True)
+    return {column: [float(slope), float(intercept)] for column, slope, intercept in columns}

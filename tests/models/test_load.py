@@ -1,0 +1,83 @@
+"""Specs to detectors: what cannot be had is named, with what to do."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from detectors.constant import Constant
+from detectors.load import LoadError, load_detectors
+from detectors.protocol import Passage
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+class Useless:
+    """No detector at all."""
+
+    name = "useless"
+
+
+text = "not callable"
+
+
+def test_specs_become_detectors_in_their_order() -> None:
+    """A folder and a user's own, side by side."""
+    found = load_detectors(["python:detectors.constant:Constant", "toxicity"], MODELS)
+    assert [type(detector).__name__ for detector in found] == ["Constant", "Toxicity"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nothing", "there are: .*toxicity"),
+        ("python:", "python:package.module:attr"),
+        ("python:detectors.constant", "python:package.module:attr"),
+        ("python:no_such_package.module:Detector", "PYTHONPATH"),
+        ("python:detectors.constant:Missing", "no 'Missing'"),
+        (f"python:{__name__}:Useless", "without digest, thresholds, encode, score"),
+        (f"python:{__name__}:text", "cannot be called"),
+    ],
+)
+def test_a_spec_that_leads_nowhere_says_what_to_do(spec: str, message: str) -> None:
+    """One error type, and its message names spec and remedy."""
+    with pytest.raises(LoadError, match=message) as raised:
+        load_detectors([spec], MODELS)
+    assert spec in str(raised.value)
+
+
+def test_no_spec_at_all_is_refused() -> None:
+    """A worker without a detector would allow everything."""
+    with pytest.raises(LoadError, match="no detector"):
+        load_detectors([], MODELS)
+
+
+def test_a_damaged_folder_is_a_load_error(tmp_path: Path) -> None:
+    """Also what the session refuses stops the worker as one kind of error."""
+    (tmp_path / "toxicity").mkdir()
+    (tmp_path / "toxicity" / "manifest.json").write_text("{")
+    with pytest.raises(LoadError, match=r"toxicity.*cannot be read"):
+        load_detectors(["toxicity"], tmp_path)
+
+
+def test_the_constant_scores_every_passage_alike() -> None:
+    """Its rows are the row it was given, and its digest tells one row from another."""
+    constant = Constant([0.25] * 7)
+    encoded = constant.encode([Passage("a" * 41, "", ()), Passage("", "", ())])
+    assert [e.tokens for e in encoded] == [11, 1]
+    assert constant.score(encoded).tolist() == [[0.25] * 7] * 2
+    assert constant.digest != Constant().digest
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Constant([0.5] * 6),
+        lambda: Constant([1.5] * 7),
+        lambda: Constant([float("nan")] * 7),
+    ],
+)
+def test_the_constant_refuses_what_is_no_row(make: Callable[[], Constant]) -> None:
+    """Seven probabilities, nothing else."""
+    with pytest.raises(ValueError, match="scores"):
+        make()

@@ -1,0 +1,113 @@
+"""Labels and parts: what training reads into a row, and that no prompt is on both sides."""
+
+import random
+from typing import Any
+
+import pytest
+
+from detectors.harms import COLUMNS, HARMS
+from training import rows, windows
+from training.rows import Row
+
+
+def row(**fields: Any) -> Row:
+    defaults: dict[str, Any] = {
+        "id": "x/1",
+        "source": "gptfuzz",
+        "kind": "reply",
+        "conversation": (),
+        "text": "text",
+        "targets": (0.0,) * 7,
+        "weights": (1.0,) * 7,
+        "group": "0",
+        "dev": False,
+    }
+    return Row(**(defaults | fields))
+
+
+def record(**fields: Any) -> dict[str, Any]:
+    labels = dict.fromkeys(HARMS) | fields.pop("labels", {})
+    return {"source": "gptfuzz", "kind": "reply", "harmful": None, "labels": labels} | fields
+
+
+def weights(**fields: Any) -> dict[str, float]:
+    return rows._labels(record(**fields))[1]
+
+
+def test_harmless_reads_as_free_of_every_harm_but_falsehood() -> None:
+    """A harmless text may still be wrong."""
+    found = weights(harmful=0)
+    assert found.pop("misinformation") == 0.0
+    assert set(found.values()) == {1.0}
+
+
+def test_a_request_or_a_sound_answer_weighs_little_against_falsehood() -> None:
+    """It is weak evidence, so it has a small weight."""
+    assert 0 < weights(harmful=0, kind="prompt")["misinformation"] < 1
+    assert 0 < weights(harmful=0, source="medquad")["misinformation"] < 1
+
+
+def test_harmful_alone_says_nothing_of_the_types() -> None:
+    """Unlabelled harms of a harmful text stay unknown."""
+    found = weights(harmful=1)
+    assert found.pop("harmful") == 1.0
+    assert set(found.values()) == {0.0}
+
+
+def test_a_weak_one_is_no_label_and_a_weak_zero_is_one() -> None:
+    """Half of the weak ones that were read were none."""
+    assert weights(weak={"harmful": 1})["harmful"] == 0.0
+    assert weights(weak={"harmful": 0})["harmful"] == 1.0
+
+
+def test_no_prompt_is_in_two_parts() -> None:
+    """Rows on one prompt go to one part, whichever split and source they come from."""
+    chance = random.Random(0)
+    many = [
+        row(
+            id=str(i),
+            source=chance.choice(["gptfuzz", "jailbreakbench", "dices"]),
+            group=str(chance.randrange(400)),
+            dev=chance.random() < 0.1,
+        )
+        for i in range(3000)
+    ]
+    parts = rows.split(many)
+    groups = [{r.group for r in part} for part in parts]
+    assert all(groups)
+    for i, one in enumerate(groups):
+        for other in groups[i + 1 :]:
+            assert not one & other
+
+
+def test_no_dev_row_is_trained_on_and_no_held_out_source() -> None:
+    """`split` of the data and the list of sources both hold."""
+    many = [row(id=str(i), group=str(i), dev=i % 2 == 0) for i in range(400)]
+    many += [row(id="d", source="dices", group="d")]
+    fit = rows.split(many).fit
+    assert fit
+    assert not any(r.dev or r.source == "dices" for r in fit)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_segments_join_to_the_text_within_their_bounds(seed: int) -> None:
+    """Nothing is lost, and no segment is longer than the worker's."""
+    chance = random.Random(seed)
+    text = "".join(chance.choice("ab. \n!") * chance.randrange(1, 30) for _ in range(300))
+    found = windows.segments(text)
+    assert "".join(found) == text
+    assert all(len(segment) <= 400 for segment in found)
+
+
+def test_a_harmful_opening_is_no_window_of_harm() -> None:
+    """The words "Sure, here is" do not carry the label of what follows it."""
+    harmful = row(text="Sure, here is. " * 60, targets=(1.0,) * 7)
+    for passage in windows._harmful_windows(harmful):
+        assert len(passage.before) + len(passage.text) >= 300
+
+
+def test_columns_are_those_of_the_scores() -> None:
+    """Targets stand in the order that the detector's columns have."""
+    targets, _ = rows._labels(record(harmful=1, labels={"violence": 1}))
+    assert list(targets) == list(COLUMNS)
+    assert targets["violence"] == 1.0

@@ -1,0 +1,141 @@
+"""Rows to logits as the worker would get them, and figures from logits."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from detectors.calibrate import Calibration, calibrated
+from detectors.harms import COLUMNS, THRESHOLD_KEYS
+from detectors.protocol import FloatArray, Window
+from detectors.tokens import PairTokens
+from training.rows import Row
+from training.windows import judged
+
+_SURE: Final = 1.0  # an inferred label of less weight trains, but does not judge
+_BINS: Final = 10  # of the calibration error
+
+
+class Scored(NamedTuple):
+    """Rows with the highest logits over their segments."""
+
+    rows: list[Row]
+    logits: FloatArray  # (N, 7)
+
+    def labels(self, column: int) -> tuple[FloatArray, FloatArray]:
+        """0/1 labels and logits of the rows that were judged for a column, (M,) each."""
+        known = np.array([row.weights[column] >= _SURE for row in self.rows], dtype=bool)
+        targets = np.array([row.targets[column] for row in self.rows])
+        return targets[known], self.logits[known, column]
+
+    def only(self, chosen: Callable[[Row], bool]) -> "Scored":
+        """The rows for which `chosen` holds."""
+        mask = np.array([chosen(row) for row in self.rows], dtype=bool)
+        return Scored([row for row in self.rows if chosen(row)], self.logits[mask])
+
+
+class Figures(NamedTuple):
+    """How one column does on one part. NaN where a class is missing."""
+
+    positives: int
+    negatives: int
+    auprc: float
+    auroc: float
+    precision: float
+    recall: float
+    f1: float
+    ece: float
+
+
+def score(
+    rows: Sequence[Row], tokens: PairTokens, logits_of: Callable[[Window], FloatArray], threads: int
+) -> Scored:
+    """Every segment of every row through the model, the highest logit of each column kept."""
+
+    def highest(row: Row) -> FloatArray:
+        windows = [w for passage in judged(row) for w in tokens.encode(passage).windows]
+        return np.stack([logits_of(window) for window in windows]).max(axis=0)  # (7,)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return Scored(list(rows), np.stack(list(pool.map(highest, rows))))
+
+
+def table(
+    scored: Scored, calibration: Calibration, thresholds: dict[str, float]
+) -> dict[str, Figures]:
+    """Figures by column."""
+    probabilities = calibrated(scored.logits, calibration)
+    found = {}
+    for i, (column, key) in enumerate(zip(COLUMNS, THRESHOLD_KEYS, strict=True)):
+        known = np.array([row.weights[i] >= _SURE for row in scored.rows], dtype=bool)
+        targets, _ = scored.labels(i)
+        found[column] = figures(targets, probabilities[known, i], thresholds[key])
+    return found
+
+
+def figures(targets: FloatArray, probabilities: FloatArray, threshold: float) -> Figures:
+    """targets: (M,) 0 or 1; probabilities: (M,)."""
+    positives = int(targets.sum())
+    negatives = len(targets) - positives
+    both = positives > 0 and negatives > 0
+    above = probabilities > threshold
+    hit = float((above * targets).sum())
+    precision = hit / above.sum() if above.any() else float("nan")
+    recall = hit / positives if positives else float("nan")
+    return Figures(
+        positives,
+        negatives,
+        float(average_precision_score(targets, probabilities)) if both else float("nan"),
+        float(roc_auc_score(targets, probabilities)) if both else float("nan"),
+        precision,
+        recall,
+        2 * hit / (above.sum() + positives) if positives else float("nan"),
+        calibration_error(targets, probabilities),
+    )
+
+
+def calibration_error(targets: FloatArray, probabilities: FloatArray) -> float:
+    """Expected calibration error over equal-width bins (Guo et al. 2017)."""
+    bins = np.minimum((probabilities * _BINS).astype(int), _BINS - 1)
+    gaps = [
+        abs(float((targets[bins == b] - probabilities[bins == b]).sum())) for b in np.unique(bins)
+    ]
+    return sum(gaps) / max(1, len(targets))
+
+
+def blocked(scored: Scored, calibration: Calibration, thresholds: dict[str, float]) -> FloatArray:
+    """(N,) 1 where any column of a row is above its threshold."""
+    limits = np.array([thresholds[key] for key in THRESHOLD_KEYS])
+    above = calibrated(scored.logits, calibration) > limits  # (N, 7)
+    return above.any(axis=1).astype(np.float64)
+
+
+def blocked_by_source(
+    scored: Scored, calibration: Calibration, thresholds: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Per source: rows, share of them harmful, share blocked among harmful and harmless."""
+    flags = blocked(scored, calibration, thresholds)
+    found: dict[str, dict[str, float]] = {}
+    for source in sorted({row.source for row in scored.rows}):
+        found[source] = {
+            "harmless": _count(scored.rows, source, 0.0),
+            "harmless_blocked": _share(scored.rows, flags, source, 0.0),
+            "harmful": _count(scored.rows, source, 1.0),
+            "harmful_blocked": _share(scored.rows, flags, source, 1.0),
+        }
+    return found
+
+
+def _is(row: Row, source: str, harmful: float) -> bool:
+    return row.source == source and row.weights[-1] >= _SURE and row.targets[-1] == harmful
+
+
+def _count(rows: Iterable[Row], source: str, harmful: float) -> int:
+    return sum(_is(row, source, harmful) for row in rows)
+
+
+def _share(rows: Sequence[Row], flags: FloatArray, source: str, harmful: float) -> float:
+    chosen = [flag for row, flag in zip(rows, flags, strict=True) if _is(row, source, harmful)]
+    return float(np.mean(chosen)) if chosen else float("nan")

@@ -1,0 +1,73 @@
+"""What each source is good for: which are left out, held out, capped, and how."""
+
+from typing import Final
+
+# No usable harm label, or a truth label that only world knowledge could give.
+UNUSED: Final = frozenset({"hh_rlhf_harmless", "presidio_pii", "factscore_sentences"})
+
+# Whole sources that no part of training, calibration or thresholds sees.
+UNSEEN: Final = frozenset(
+    {
+        "autoj_responses",  # long harmless replies
+        "dices",  # conversations with a model, judged by about a hundred people each
+        "gab_hate_corpus",
+        "shadow_alignment",  # compliance with harmful requests
+        "jailjudge_mini",  # replies of attacked models, judged by people
+        "multijail_en",  # harmful requests
+        "or_bench_80k_sample",  # requests that look harmful and are not
+        "sbic",
+        "trustllm_privacy_queries",
+        "truthfulqa",
+    }
+)
+
+# Each positive row is of one category, so it says something of the other five.
+ONE_CATEGORY: Final = frozenset({
+    "ailuminate_demo", "catqa", "jailbreakbench", "jailbreakbench_goals", "multijail_en",
+    "or_bench_toxic", "refusal_direction_jailbreak", "strongreject", "trustllm_privacy_queries",
+})  # fmt: skip
+
+# Good answers to ordinary questions: weak evidence that they say nothing false.
+SOUND: Final = frozenset({
+    "arena_hard", "autoj_responses", "biggen_references", "caia_safety", "coconot_contrast",
+    "gpteacher_roleplay", "medquad", "med_safety_refusals", "refusal_direction_harmless",
+    "star1_safe", "taskmaster", "wildbench_outputs",
+})  # fmt: skip
+
+# Long answers to ordinary or merely delicate questions: what must not be blocked.
+LONG_HARMLESS: Final = frozenset({
+    "arena_hard", "autoj_responses", "biggen_references", "coconot_contrast",
+    "gpteacher_roleplay", "halueval_general", "medquad", "refusal_direction_harmless",
+    "wildbench_outputs",
+})  # fmt: skip
+
+CAP: Final = 700  # rows a source
+CAPS: Final = {
+    # Replies: the texts that the worker judges.
+    "arena_hard": 1000,
+    "coconot_contrast": 1400,
+    "diasafety": 1500,
+    "gptfuzz": 1300,
+    "halueval_general": 1000,
+    "jailbreakbench": 1600,
+    "just_eval_safety": 900,
+    "medquad": 600,
+    "gpteacher_roleplay": 1000,
+    "wildbench_outputs": 1400,
+    # Look-alikes.
+    "or_bench_hard": 1400,
+    "caia_safety": 1000,
+    # One idea in many rows.
+    "bbq": 350,
+    "convabuse": 600,
+    "cyberseceval_interpreter": 300,
+    "mmlu_sensitive": 500,
+    "unintended_bias_templates": 400,
+    "latent_jailbreak": 500,
+    # Large and varied.
+    "dynahate": 2000,
+    "davidson": 1000,
+    "measuring_hate_speech": 1200,
+    "constraint_covid": 1300,
+    "rtp_perspective": 1800,
+}

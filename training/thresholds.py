@@ -1,0 +1,65 @@
+"""Calibration and thresholds from scored rows; others than those that are reported."""
+
+from typing import Final
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from detectors.calibrate import Calibration, calibrated, sigmoid
+from detectors.harms import COLUMNS, THRESHOLD_KEYS
+from detectors.protocol import FloatArray
+from training.measure import Scored, blocked
+
+FALSE_BLOCKS: Final = 0.005  # share of harmless replies that may be blocked at any segment
+_LOWEST, _HIGHEST = 0.30, 0.99  # whatever the rows say: few of them lie at the ends
+_PRECISION_COUNTS: Final = 0.5  # beta of the F score that each threshold starts from
+
+
+def calibrate(scored: Scored) -> Calibration:
+    """Platt scaling, one logistic regression a column. ValueError where the slope is not positive.
+
+    A slope of 0 or less would turn the order round: the model has then learnt nothing there.
+    """
+    pairs = [_platt(*scored.labels(column)) for column in range(len(COLUMNS))]
+    for column, (slope, _) in zip(COLUMNS, pairs, strict=True):
+        if slope <= 0:
+            raise ValueError(f"{column}: slope {slope:.3f}; train longer or on more rows")
+    return Calibration(
+        slopes=np.array([slope for slope, _ in pairs]),
+        intercepts=np.array([intercept for _, intercept in pairs]),
+    )
+
+
+def _platt(targets: FloatArray, logits: FloatArray) -> tuple[float, float]:
+    fitted = LogisticRegression(C=1e3).fit(logits[:, None], targets)
+    return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
+
+
+def choose(scored: Scored, harmless: Scored, calibration: Calibration) -> dict[str, float]:
+    """Thresholds by THRESHOLD_KEYS: the best F0.5 each, raised until harmless replies pass.
+
+    harmless: long harmless replies, the highest logits over their segments.
+    """
+    best = [_best(*scored.labels(i), calibration, i) for i in range(len(COLUMNS))]
+    benign = calibrated(harmless.logits, calibration)  # (N, 7)
+    for quantile in np.linspace(0.95, 1.0, 201):
+        floors = np.quantile(benign, quantile, axis=0)
+        limits = np.clip(np.maximum(best, floors), _LOWEST, _HIGHEST).round(3)
+        thresholds = dict(zip(THRESHOLD_KEYS, limits.tolist(), strict=True))
+        if blocked(harmless, calibration, thresholds).mean() <= FALSE_BLOCKS:
+            return thresholds
+    return thresholds
+
+
+def _best(targets: FloatArray, logits: FloatArray, calibration: Calibration, column: int) -> float:
+    """The threshold of the best F0.5: a wrong block closes a stream, so precision counts more."""
+    slope, intercept = calibration.slopes[column], calibration.intercepts[column]
+    probabilities = sigmoid(slope * logits + intercept)
+    grid = np.linspace(_LOWEST, _HIGHEST, 70)
+    return float(grid[int(np.argmax([_f(targets, probabilities > t) for t in grid]))])
+
+
+def _f(targets: FloatArray, above: FloatArray) -> float:
+    weight = _PRECISION_COUNTS**2
+    hit = float((above * targets).sum())
+    return (1 + weight) * hit / max(1.0, weight * targets.sum() + above.sum())

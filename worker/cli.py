@@ -1,0 +1,136 @@
+"""commands -> settings -> clients -> pipeline; wiring only."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+import uvloop
+from pydantic import ValidationError
+from rich.console import Console
+
+from detectors.keywords import KeywordError
+from detectors.load import LoadError
+from worker import settings as settings_module
+from worker.errors import Stop
+from worker.settings import Settings
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Moderate what language models say while they say it.",
+)  # fmt: skip
+_err = Console(stderr=True, highlight=False)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", help="Settings file. Default: tidegate.toml, if there.")
+]
+
+
+def main() -> None:
+    """The `tidegate` command: known failures end with one line and what to do, exit 1."""
+    try:
+        app()
+    except (Stop, LoadError, KeywordError, FileNotFoundError) as error:
+        _fail(str(error))
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _fail(message: str) -> None:
+    _err.print(f"[bold red]tidegate:[/] {message}", markup=True, soft_wrap=True)
+    sys.exit(1)
+
+
+def configure_logs(level: str) -> None:
+    """JSON lines on stderr: a constant event, fields beside it, never user text."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", key="at"),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level)),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("aiokafka").setLevel(logging.ERROR)  # it warns of every retry
+
+
+def run_loop(main_coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run on uvloop; a Stop inside task groups comes out as itself."""
+    try:
+        uvloop.run(main_coroutine)
+    except BaseExceptionGroup as group:
+        stops, _ = group.split(Stop)
+        raise (_first(stops) if stops else group) from None
+
+
+@app.command()
+def run(config: Config = None) -> None:
+    """The worker: llm.outputs to decisions. Start more of them to scale."""
+    settings = settings_module.load(config)
+    configure_logs(settings.log_level)
+    run_loop(_run(settings))
+
+
+async def _run(settings: Settings) -> None:
+    from prometheus_client import start_http_server
+
+    from worker import watchdog
+    from worker.consume import Worker
+    from worker.pipeline import Pipeline
+
+    if settings.metrics_port is not None:
+        start_http_server(settings.metrics_port, addr="127.0.0.1")
+    async with Pipeline(settings) as pipeline:
+        worker = Worker(settings, pipeline)
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, worker.stop)
+        watchdog.start(lambda: worker.beat, settings.watchdog_ms)
+        await worker.run()
+
+
+@app.command()
+def topics(config: Config = None) -> None:
+    """Create the topics, or check that they have the right partitions and cleanup policies."""
+    settings = settings_module.load(config)
+    run_loop(_topics(settings))
+
+
+async def _topics(settings: Settings) -> None:
+    from aiokafka.admin import AIOKafkaAdminClient
+
+    from worker.publish import client_settings
+    from worker.topics import desired_topics, ensure_topics
+
+    admin = AIOKafkaAdminClient(**client_settings(settings))
+    await admin.start()
+    try:
+        report = await ensure_topics(
+            admin, desired_topics(settings), settings.partitions, settings.replication_factor
+        )
+    finally:
+        await admin.close()
+    for name in report.created:
+        _err.print(f"created {name}")
+    for name in report.checked:
+        _err.print(f"checked {name}")
+    _err.print(f"{report.partitions} partitions; next: `tidegate run`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,446 @@
+"""Kafka -> records -> the pipeline; partitions that come and go; pause, drain, stop.
+
+Each owned partition has one task (`_own`): take it (fence, read back, load), then publish until it
+is lost. Everything that can go wrong while publishing ends in taking the partition again.
+"""
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+from aiokafka.errors import KafkaError
+
+from worker import metrics
+from worker.errors import PartitionLost, Stop
+from worker.pipeline import Pipeline
+from worker.publish import (
+    AtLeastOnceOutlet,
+    Mark,
+    Outlet,
+    TransactionalOutlet,
+    client_settings,
+)
+from worker.settings import Settings
+from worker.streams import Lane
+
+log = structlog.get_logger()
+
+_TICK_S = 0.1
+_FEED_AT_ONCE = 250  # records, then the other tasks have a turn
+_TAKE_TIMEOUT_S = 60.0  # to fence, read back and load; then again
+_FRESH_S = 2.0  # an answer of the broker this old no longer proves that the log is read
+_MAX_BACKLOG = 5_000  # decisions of a lane that wait for the broker
+_MAX_FAILURES = 20  # takes of one partition in a row that end in an error
+
+
+class Owned:
+    """A partition that this worker holds, or is taking."""
+
+    def __init__(self, partition: TopicPartition) -> None:
+        self.partition = partition
+        self.lane: Lane | None = None
+        self.last_mark: Mark | None = None  # of the last transaction known to be committed
+        self.reading = False  # records may be fed
+        self.wake = asyncio.Event()
+        self.idle = asyncio.Event()  # no transaction is under way
+        self.idle.set()
+        self.task: asyncio.Task[None] | None = None
+        self.failures = 0
+
+
+class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is untyped
+    """One member of the group: runs until `stop`, or until something cannot go on."""
+
+    def __init__(self, settings: Settings, pipeline: Pipeline) -> None:
+        self._settings = settings
+        self._pipeline = pipeline
+        pipeline.on_output = self._on_output
+        self._writer = uuid.uuid4().hex[:12]
+        self._owned: dict[TopicPartition, Owned] = {}
+        self._by_lane: dict[int, Owned] = {}
+        self._numbers = itertools.count(1)  # of transactions
+        self._epoch = 0
+        self._paused = False
+        self._stopping = asyncio.Event()
+        self._ticked = 0.0
+        self.beat = time.monotonic()  # the watchdog's proof that the event loop turns
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask for an orderly end: drain, commit, leave."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Work until `stop`. Raises Stop, and whatever a step could not handle."""
+        settings = self._settings
+        self._consumer = AIOKafkaConsumer(
+            **client_settings(settings), group_id=settings.group_id,
+            group_instance_id=settings.group_instance_id, enable_auto_commit=False,
+            auto_offset_reset="earliest",  # the first offset of a new group is sought in _start_at
+            isolation_level="read_committed", max_poll_records=settings.max_poll_records,
+            fetch_max_wait_ms=settings.fetch_max_wait_ms,
+            session_timeout_ms=settings.session_timeout_ms,
+            heartbeat_interval_ms=settings.heartbeat_interval_ms,
+            max_poll_interval_ms=settings.max_poll_interval_ms,
+            rebalance_timeout_ms=settings.session_timeout_ms * 3,
+            partition_assignment_strategy=(StickyPartitionAssignor,),
+        )  # fmt: skip
+        self._admin = AIOKafkaAdminClient(**client_settings(settings))
+        try:
+            await self._admin.start()
+            await self._check_topics()
+            async with asyncio.TaskGroup() as self._tasks:  # before the group assigns anything
+                self._consumer.subscribe([settings.outputs_topic], listener=self)
+                await self._consumer.start()
+                steps = [
+                    self._tasks.create_task(step) for step in (self._poll(), self._tick_for_ever())
+                ]
+                await self._stopping.wait()
+                log.info("worker.draining")
+                steps[0].cancel()
+                await self._drain(list(self._owned), self._settings.shutdown_timeout_ms * 0.6e-3)
+                steps[1].cancel()
+                self._release(list(self._owned))
+        finally:
+            await self._leave()
+
+    async def _leave(self) -> None:
+        """Leave the group within the time that is left; aiokafka may hang here."""
+        bound_s = self._settings.shutdown_timeout_ms * 0.3e-3
+        for client, close in ((self._consumer, "stop"), (self._admin, "close")):
+            try:
+                async with asyncio.timeout(bound_s):
+                    await getattr(client, close)()
+            except (TimeoutError, KafkaError):
+                log.warning("worker.left_behind", client=type(client).__name__)
+
+    async def _check_topics(self) -> None:
+        """Co-partitioning is what gateways and recovery rest on: refuse to run without."""
+        counts: dict[str, int] = {}
+        topics = (
+            self._settings.outputs_topic, self._settings.decisions_topic,
+            self._settings.streams_topic, self._settings.dead_letters_topic,
+        )  # fmt: skip
+        for described in await self._admin.describe_topics(list(topics)):
+            if not described["error_code"]:
+                counts[described["topic"]] = len(described["partitions"])
+        missing = [topic for topic in topics if not counts.get(topic)]
+        if missing:
+            raise Stop(f"topic {missing[0]} is missing: create the topics with `tidegate topics`")
+        for topic in topics[1:3]:
+            if counts[topic] != counts[topics[0]]:
+                raise Stop(
+                    f"{topic} has {counts[topic]} partitions, {topics[0]} has {counts[topics[0]]}: "
+                    "they must be equal; `tidegate topics` says how to mend it"
+                )
+
+    # -- records in ---------------------------------------------------------------------------
+
+    async def _poll(self) -> None:
+        """Read and feed for ever. Polling never waits for judging: back-pressure pauses."""
+        while True:
+            self._press_back()
+            try:
+                records = await self._consumer.getmany(timeout_ms=200)
+            except KafkaError as error:
+                log.warning("poll.failed", error=type(error).__name__)
+                self._seek_back()  # what the failed call had drained would be lost
+                await asyncio.sleep(0.2)
+                continue
+            for partition, batch in records.items():
+                await self._feed(partition, batch)
+
+    async def _feed(self, partition: TopicPartition, batch: list[Any]) -> None:
+        for begin in range(0, len(batch), _FEED_AT_ONCE):
+            owned = self._owned.get(partition)
+            if owned is None or owned.lane is None or not owned.reading:
+                return  # `_take` seeks before it lets records in
+            lane, now, wall_ms = owned.lane, time.monotonic(), _wall_ms()
+            segments = []
+            chunk = batch[begin : begin + _FEED_AT_ONCE]
+            for record in chunk:
+                if record.offset >= lane.position:
+                    segments += lane.feed(
+                        record.offset, record.timestamp, record.key, record.value, now, wall_ms
+                    )
+            metrics.DELTAS.inc(len(chunk))
+            self._pipeline.submit(lane, segments)
+            await asyncio.sleep(0)
+
+    def _press_back(self) -> None:
+        """Pause reading while too much waits for the detectors or for the broker."""
+        most = self._settings.max_waiting_segments
+        waiting = self._pipeline.waiting
+        backlog = max((o.lane.backlog for o in self._owned.values() if o.lane), default=0)
+        if not self._paused and (waiting > most or backlog > _MAX_BACKLOG):
+            self._paused = True
+            self._consumer.pause(*self._readable())
+        elif self._paused and waiting <= most / 2 and backlog <= _MAX_BACKLOG / 2:
+            self._paused = False
+            self._consumer.resume(*self._readable())
+
+    def _readable(self) -> list[TopicPartition]:
+        mine = self._consumer.assignment()
+        return [p for p, owned in self._owned.items() if owned.reading and p in mine]
+
+    def _seek_back(self) -> None:
+        for partition in self._readable():
+            owned = self._owned[partition]
+            if owned.lane is not None:
+                self._consumer.seek(partition, owned.lane.position)
+
+    # -- time ---------------------------------------------------------------------------------
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            now = time.monotonic()
+            late = now - self._ticked > 1.0  # this process was stopped: what it knows is old
+            self._ticked = self.beat = now
+            for owned in list(self._owned.values()):
+                lane = owned.lane
+                if lane is None or not owned.reading:
+                    continue
+                caught_up = not late and self._caught_up(owned.partition, lane)
+                self._pipeline.submit(lane, lane.tick(now, _wall_ms(), caught_up))
+                if lane.due:
+                    owned.wake.set()
+            metrics.WAITING.set(self._pipeline.waiting)
+            metrics.PAUSED.set(self._paused)
+            metrics.OPEN_STREAMS.set(sum(o.lane.open_streams for o in self._owned.values() if o.lane))
+            self._pipeline.check()
+            await asyncio.sleep(_TICK_S)
+
+    def _caught_up(self, partition: TopicPartition, lane: Lane) -> bool:
+        """Whether the broker has said just now that nothing is unread."""
+        if partition not in self._consumer.assignment():
+            return False
+        end = self._consumer.last_stable_offset(partition)
+        polled_ms = self._consumer.last_poll_timestamp(partition)
+        if end is None or end < 0 or not polled_ms or self._paused:
+            return False
+        if _wall_ms() - polled_ms > _FRESH_S * 1e3:
+            return False
+        # The log may end in a transaction's marker: then aiokafka's position is past the lane's.
+        reached = self._consumer._subscription.subscription.assignment.state_value(partition)  # noqa: SLF001
+        position = reached.position if reached.has_valid_position else 0
+        return max(lane.position, position) >= end
+
+    # -- partitions that come and go ----------------------------------------------------------
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """Before a rebalance every partition is revoked, most of them to come back."""
+        await self._drain(list(revoked), self._settings.session_timeout_ms * 0.5e-3)
+        for partition in revoked:
+            owned = self._owned.get(partition)
+            if owned is not None:
+                owned.reading = False
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """Only pause and start tasks here: nothing heartbeats meanwhile."""
+        assigned = set(assigned)
+        self._consumer.pause(*assigned)
+        self._release([partition for partition in self._owned if partition not in assigned])
+        for partition in assigned:
+            kept = self._owned.get(partition)
+            if kept is not None and kept.task is not None:
+                kept.task.cancel()
+            owned = Owned(partition)
+            if kept is not None:
+                owned.lane, owned.last_mark = kept.lane, kept.last_mark
+            self._owned[partition] = owned
+            owned.task = self._tasks.create_task(self._own(owned))
+        log.info("partitions.assigned", partitions=sorted(p.partition for p in assigned))
+
+    def _release(self, partitions: Iterable[TopicPartition]) -> None:
+        for partition in partitions:
+            owned = self._owned.pop(partition)
+            self._drop_lane(owned)
+            if owned.task is not None:
+                owned.task.cancel()
+
+    def _drop_lane(self, owned: Owned) -> None:
+        owned.reading = False
+        if owned.lane is not None:
+            self._by_lane.pop(id(owned.lane), None)
+            owned.lane.drop()
+        owned.lane = owned.last_mark = None
+
+    async def _drain(self, partitions: Iterable[TopicPartition], bound_s: float) -> None:
+        """Stop reading; publish what is being judged, within the bound."""
+        owned = [it for p in partitions if (it := self._owned.get(p)) is not None and it.reading]
+        for it in owned:
+            it.reading = False
+        deadline = time.monotonic() + bound_s
+        while time.monotonic() < deadline:
+            lanes = [it for it in owned if it.lane is not None]
+            if not any(it.lane and (it.lane.judging or it.lane.due) for it in lanes) and all(
+                it.idle.is_set() for it in lanes
+            ):
+                return
+            for it in lanes:
+                it.wake.set()
+            await asyncio.sleep(0.01)
+        log.warning("drain.incomplete", partitions=len(owned))
+
+    async def _own(self, owned: Owned) -> None:
+        """Take the partition and publish for it; again and again, until it moves away."""
+        while True:
+            outlet = self._outlet(owned.partition)
+            try:
+                async with asyncio.timeout(_TAKE_TIMEOUT_S):
+                    await self._take(owned, outlet)
+                await self._publish(owned, outlet)
+            except Stop:
+                raise
+            except (KafkaError, PartitionLost, TimeoutError, AssertionError, OSError) as error:
+                # aiokafka asserts on a producer that has failed
+                await self._lost(owned, error)
+            finally:
+                await asyncio.shield(outlet.close())
+
+    async def _lost(self, owned: Owned, error: Exception) -> None:
+        """Drop the lane. One that was fenced is not taken again before the group has had time to
+        say whose it is: a worker that lost its partition must not throw out the new owner."""
+        fenced = isinstance(error, PartitionLost)
+        self._drop_lane(owned)
+        owned.failures += 1
+        cause = "fenced" if fenced else type(error).__name__
+        metrics.LANES_LOST.labels(cause).inc()
+        log.warning("lane.lost", partition=owned.partition.partition, cause=cause)
+        if owned.failures > _MAX_FAILURES:
+            raise Stop(f"{owned.partition}: {owned.failures} failures in a row, last: {error!r}")
+        await asyncio.sleep(
+            self._settings.session_timeout_ms / 1e3 if fenced else min(0.1 * owned.failures, 2.0)
+        )
+
+    def _outlet(self, partition: TopicPartition) -> Outlet:
+        if self._settings.delivery == "at_least_once":
+            return AtLeastOnceOutlet(self._settings, partition, self._consumer)
+        return TransactionalOutlet(self._settings, partition)
+
+    async def _take(self, owned: Owned, outlet: Outlet) -> None:
+        """Fence, then read back what is committed, then let records in. In this order."""
+        await outlet.open()
+        committed, mark = await self._committed(owned.partition)
+        if owned.lane is None or mark is None or mark != owned.last_mark:
+            self._drop_lane(owned)
+            await self._load(owned, committed, mark)
+        lane = owned.lane
+        if lane is None or self._owned.get(owned.partition) is not owned:
+            raise asyncio.CancelledError
+        self._by_lane[id(lane)] = owned
+        self._consumer.seek(owned.partition, lane.position)
+        owned.reading = True
+        if not self._paused:
+            self._consumer.resume(owned.partition)
+        owned.wake.set()
+
+    async def _load(self, owned: Owned, committed: int | None, mark: Mark | None) -> None:
+        partition = owned.partition
+        journal_tp = TopicPartition(self._settings.streams_topic, partition.partition)
+        journal, end = await self._read_journal(journal_tp, mark.journal_from if mark else 0)
+        if committed is None:
+            committed = await self._start_at(partition)
+        self._epoch += 1
+        lane = self._pipeline.lane(partition.topic, partition.partition, self._epoch)
+        owned.lane = lane
+        buried_to = mark.buried_to if mark else 0
+        segments = lane.load(committed, journal, time.monotonic(), buried_to, end)
+        self._by_lane[id(lane)] = owned
+        self._pipeline.submit(lane, segments)
+        log.info(
+            "lane.loaded", partition=partition.partition, offset=committed, journal=len(journal),
+            open_segments=len(segments),
+        )  # fmt: skip
+
+    async def _committed(self, partition: TopicPartition) -> tuple[int | None, Mark | None]:
+        """The group's offset and our mark on it; (None, None) in a new group."""
+        found = await self._admin.list_consumer_group_offsets(
+            self._settings.group_id, partitions=[partition]
+        )
+        if partition not in found:  # the coordinator was moving: not the same as "no offset"
+            raise PartitionLost(f"{partition}: offsets are not to be had just now")
+        offset, metadata = found[partition]
+        return (None, None) if offset < 0 else (offset, Mark.decode(metadata))
+
+    async def _start_at(self, partition: TopicPartition) -> int:
+        if self._settings.auto_offset_reset == "latest":
+            ends: Mapping[TopicPartition, int] = await self._consumer.end_offsets([partition])
+            return ends[partition]
+        begins: Mapping[TopicPartition, int] = await self._consumer.beginning_offsets([partition])
+        return begins[partition]
+
+    async def _read_journal(
+        self, partition: TopicPartition, begin: int
+    ) -> tuple[dict[str, tuple[int, bytes]], int]:
+        """The latest record of each stream from `begin` on, and where the journal ends."""
+        reader = AIOKafkaConsumer(
+            **client_settings(self._settings), enable_auto_commit=False,
+            auto_offset_reset="earliest", isolation_level="read_committed",
+        )  # fmt: skip
+        entries: dict[str, tuple[int, bytes]] = {}
+        await reader.start()
+        try:
+            reader.assign([partition])
+            end = (await reader.end_offsets([partition]))[partition]
+            first = (await reader.beginning_offsets([partition]))[partition]
+            reader.seek(partition, max(first, min(begin, end)))
+            # Position, not the last record, tells the end: markers and holes have offsets too.
+            while await reader.position(partition) < end:
+                for record in (await reader.getmany(timeout_ms=500)).get(partition, ()):
+                    stream_id = record.key.decode()
+                    entries.pop(stream_id, None)
+                    if record.value is not None:
+                        entries[stream_id] = (record.offset, record.value)
+        finally:
+            async with asyncio.timeout(5):
+                await reader.stop()
+        return entries, end
+
+    # -- decisions out ------------------------------------------------------------------------
+
+    def _on_output(self, lane: Lane) -> None:
+        owned = self._by_lane.get(id(lane))
+        if owned is not None:
+            owned.wake.set()
+
+    async def _publish(self, owned: Owned, outlet: Outlet) -> None:
+        """One transaction after the other, with a pause between; never an empty one."""
+        while True:
+            await owned.wake.wait()
+            owned.wake.clear()
+            lane = owned.lane
+            if lane is None:
+                raise PartitionLost(f"{owned.partition}: dropped")
+            output = lane.take(time.monotonic(), drain=not owned.reading)
+            if output is None:
+                continue
+            mark = Mark(self._writer, next(self._numbers), output.journal_from, output.buried_to)
+            start = time.monotonic()
+            owned.idle.clear()
+            owned.last_mark = None  # unless this succeeds, the lane is ahead of what is committed
+            try:
+                async with asyncio.timeout(self._settings.transaction_timeout_ms / 1e3):
+                    journal = await outlet.publish(output, mark)
+            finally:
+                owned.idle.set()
+            lane.done(output, journal)
+            owned.last_mark, owned.failures = mark, 0
+            metrics.PUBLISH_SECONDS.observe(time.monotonic() - start)
+            metrics.DEAD_LETTERS.inc(len(output.dead_letters))
+            for decision in output.decisions:
+                metrics.DECISIONS.labels(decision.verdict).inc()
+                metrics.DECISION_SECONDS.observe(decision.timing_ms.total / 1e3)
+            await asyncio.sleep(self._settings.transaction_interval_ms / 1e3)
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000

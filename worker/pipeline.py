@@ -1,0 +1,341 @@
+"""The whole way on one page: records in, decisions out. Knows no Kafka and no Redis client.
+
+    feed      a record -> decode -> assemble -> segments            (worker/streams.py)
+    screen    keywords, length, known scores settle what they can   (prefilter.py, cache.py)
+    encode    what is left -> token windows, in a thread            (detect.py)
+    batch     by padded tokens; the next forms while one runs       (batch.py)
+    detect    scores, in threads                                    (detect.py)
+    settle    decisions, in each stream's order                     (streams.py, decide.py)
+
+Whoever owns a lane publishes what `Lane.take` returns: worker/publish.py in one Kafka
+transaction, worker/moderator.py by handing it to its caller.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from detectors.keywords import KeywordFile
+from detectors.load import load_detectors
+from detectors.protocol import Detector, Encoded, Passage
+from worker import detect, metrics
+from worker.assemble import Segment
+from worker.batch import Batcher
+from worker.cache import ScoreCache, connect
+from worker.decide import Judgement, is_probability, keyword_scores
+from worker.errors import DetectorError
+from worker.prefilter import Prefilter
+from worker.settings import Settings
+from worker.streams import Lane, Rules
+from worker.thresholds import Thresholds, shipped_thresholds
+
+log = structlog.get_logger()
+
+_SCREEN_AT_ONCE = 512  # segments; one Redis MGET a micro-batch
+_RETRY_S = 0.05  # first pause before a failed segment is tried again; doubles
+_RETRY_MOST_S = 1.0
+
+
+class Work:
+    """One segment on its way to a judgement."""
+
+    __slots__ = (
+        "alone", "attempts", "done", "encoded", "harms", "infer_ms", "key", "lane", "longest",
+        "partial", "prefilter_ms", "queue_ms", "rows", "segment", "tokenise_ms",
+    )  # fmt: skip
+
+    def __init__(self, lane: Lane, segment: Segment) -> None:
+        self.lane = lane
+        self.segment = segment
+        self.key = b""
+        self.encoded: tuple[Encoded, ...] = ()
+        self.rows = self.longest = 0
+        self.harms: frozenset[str] = frozenset()  # of keywords that do not settle it
+        self.partial: tuple[float, ...] | None = None  # scores of a failed try; NaN where missing
+        self.alone = self.done = False
+        self.attempts = 0
+        self.queue_ms = self.prefilter_ms = self.tokenise_ms = self.infer_ms = 0.0
+
+    @property
+    def born(self) -> float:
+        """Monotonic seconds at which the segment was complete."""
+        return self.segment.born
+
+
+class Pipeline:
+    """Judges segments of any number of lanes. Use as an async context manager."""
+
+    def __init__(
+        self, settings: Settings, detectors: Sequence[Detector] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.settings = settings
+        self.clock = clock
+        self.on_output: Callable[[Lane], None] = lambda _: None
+        self.detectors = tuple(detectors or load_detectors(settings.detectors, settings.models))
+        model = detect.model_id(self.detectors)
+        self.thresholds = Thresholds(shipped_thresholds(self.detectors), settings)
+        self._keywords = KeywordFile(
+            settings.keywords_file, settings.keywords_check_ms / 1e3,
+            on_error=lambda reason: log.error("keywords.not_reloaded", reason=reason),
+        )  # fmt: skip
+        self.rules = Rules(settings, self.thresholds, model, self._next_tail)
+        self.waiting = 0  # segments submitted and not judged
+        self.tokens_in = self.tokens_of_text = 0  # through the models; of segments' own text
+        self._incoming: deque[Work] = deque()
+        self._arrived = asyncio.Event()
+        self._batcher: Batcher[Work] = Batcher(
+            settings.max_batch_tokens, settings.batch_deadline_ms / 1e3
+        )
+        self._batched = asyncio.Event()
+        self._outstanding: deque[Work] = deque()  # oldest first, for the hold deadline
+        self._cache = ScoreCache(
+            connect(settings.redis_url.get_secret_value()) if settings.redis_url else None,
+            key=settings.cache_key.get_secret_value().encode() if settings.cache_key else None,
+            entries=settings.cache_entries, ttl_s=settings.cache_ttl_s,
+            deadline_ms=settings.redis_deadline_ms, clock=clock,
+        )  # fmt: skip
+        self._prefilter = Prefilter(settings, self._keywords, self._cache, model, clock)
+        self._exit = AsyncExitStack()
+
+    def _next_tail(self, tail: str, text: str) -> str:
+        return self._keywords.current(self.clock()).next_tail(tail, text)
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        self._threads = ThreadPoolExecutor(self.settings.infer_threads, "tidegate-infer")
+        self._encoder = ThreadPoolExecutor(1, "tidegate-encode")
+        self._exit.push_async_callback(self._cache.close)
+        self._exit.callback(self._threads.shutdown, wait=False, cancel_futures=True)
+        self._exit.callback(self._encoder.shutdown, wait=False, cancel_futures=True)
+        self._tasks = await self._exit.enter_async_context(asyncio.TaskGroup())
+        self._running = [
+            self._tasks.create_task(step)
+            for step in (
+                self._screen(),
+                self._watch_deadlines(),
+                *(self._detect() for _ in range(self.settings.infer_threads)),
+            )
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        for task in self._running:
+            task.cancel()
+        await self._exit.__aexit__(kind, error, trace)
+
+    def check(self) -> None:
+        """Raise what ended a step, if one has ended: they all run as long as the pipeline."""
+        for task in self._running:
+            if task.done() and not task.cancelled():
+                task.result()
+
+    # -- records in ---------------------------------------------------------------------------
+
+    def lane(self, topic: str, partition: int, epoch: int = 0) -> Lane:
+        """A new, empty lane."""
+        return Lane(topic, partition, self.rules, epoch)
+
+    def submit(self, lane: Lane, segments: Sequence[Segment]) -> None:
+        """Have the lane's segments judged; `on_output` is called when it has decisions."""
+        for segment in segments:
+            if segment.judgement is not None:
+                self._advance(lane, segment)
+                continue
+            work = Work(lane, segment)
+            self.waiting += 1
+            self._incoming.append(work)
+            self._outstanding.append(work)
+        self._arrived.set()
+
+    # -- the steps ----------------------------------------------------------------------------
+
+    async def _screen(self) -> None:
+        while True:
+            await self._arrived.wait()
+            if not self._incoming:
+                self._arrived.clear()
+                continue
+            count = min(len(self._incoming), _SCREEN_AT_ONCE)
+            works = [self._incoming.popleft() for _ in range(count)]
+            left = self._settle_known([work for work in works if self._wanted(work)])
+            left = await self._settle_shared(left)
+            await self._encode(left)
+            await asyncio.sleep(0)
+
+    def _settle_known(self, works: Sequence[Work]) -> list[Work]:
+        """Keywords, length and this process's own cache; what they leave."""
+        left = []
+        for work in works:
+            start = self.clock()
+            work.queue_ms = (start - work.born) * 1e3
+            screened = self._prefilter.screen(work.segment)
+            work.harms = screened.harms
+            if screened.scores is None:
+                work.key = self._prefilter.key(work.segment)
+                known = self._cache.lookup((work.key,))[0]
+            work.prefilter_ms = (self.clock() - start) * 1e3
+            if screened.scores is not None:
+                self._settle(work, screened.scores, screened.stage)
+            elif known is not None:
+                self._settle(work, known, "cache")
+            else:
+                left.append(work)
+        return left
+
+    async def _settle_shared(self, works: list[Work]) -> list[Work]:
+        """One look into Redis for all of them, bounded in time; what it leaves."""
+        if not works or not self._cache.shared:
+            return works
+        start = self.clock()
+        found = await self._cache.fetch([work.key for work in works])
+        took_ms = (self.clock() - start) * 1e3
+        left = []
+        for work, scores in zip(works, found, strict=True):
+            work.prefilter_ms += took_ms
+            if scores is None:
+                left.append(work)
+            else:
+                self._settle(work, scores, "cache")
+        return left
+
+    async def _encode(self, works: Sequence[Work]) -> None:
+        if not works:
+            return
+        passages = [
+            Passage(w.segment.text, w.segment.before, w.segment.stream.conversation) for w in works
+        ]
+        start = self.clock()
+        loop = asyncio.get_running_loop()
+        try:
+            encoded = await loop.run_in_executor(
+                self._encoder, detect.encode, self.detectors, passages
+            )
+        except DetectorError as error:
+            self._failed(works, error)
+            return
+        took_ms = (self.clock() - start) * 1e3
+        for work, rows in zip(works, encoded, strict=True):
+            work.encoded = rows
+            work.tokenise_ms = took_ms
+            work.rows = max(len(row.windows) for row in rows)
+            work.longest = max(len(window.ids) for row in rows for window in row.windows)
+        self._batcher.add(works)
+        self._batched.set()
+
+    async def _detect(self) -> None:
+        """Score batch after batch; as many of these run as there are threads."""
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [work for work in self._batcher.cut(self.clock()) if self._wanted(work)]
+            if not batch:
+                await self._more()
+                continue
+            start = self.clock()
+            try:
+                rows = await loop.run_in_executor(
+                    self._threads, detect.score, self.detectors, [work.encoded for work in batch]
+                )
+            except DetectorError as error:
+                self._failed(batch, error)
+                continue
+            took_ms = (self.clock() - start) * 1e3
+            for work, (scores, stage) in zip(batch, rows, strict=True):
+                work.infer_ms = took_ms
+                self._scored(work, scores, stage)
+
+    async def _more(self) -> None:
+        """Wait for entries, or for the batch that is forming to be due."""
+        if len(self._batcher):
+            await asyncio.sleep(self.settings.batch_deadline_ms / 4e3)
+            return
+        self._batched.clear()
+        await self._batched.wait()
+
+    def _scored(self, work: Work, scores: tuple[float, ...], stage: str) -> None:
+        if not is_probability(scores):
+            work.partial = scores
+            self._failed([work], DetectorError("a score is no probability"))
+            return
+        for row in work.encoded:
+            self.tokens_in += row.tokens
+        self.tokens_of_text += work.encoded[0].text_tokens
+        self._cache.store([(work.key, scores)])
+        self._settle(work, scores, stage)
+
+    def _failed(self, works: Sequence[Work], error: DetectorError) -> None:
+        """Try again, each alone, until its deadline: the text stays held meanwhile."""
+        metrics.DETECTOR_FAILURES.inc(len(works))
+        log.warning("detector.failed", reason=str(error), segments=len(works))
+        loop = asyncio.get_running_loop()
+        for work in works:
+            pause = min(_RETRY_S * 2**work.attempts, _RETRY_MOST_S)
+            work.attempts += 1
+            work.alone = True
+            loop.call_later(pause, self._again, work)
+
+    def _again(self, work: Work) -> None:
+        if not self._wanted(work):
+            return
+        if work.encoded:
+            self._batcher.add([work])
+            self._batched.set()
+        else:
+            self._incoming.append(work)
+            self._arrived.set()
+
+    async def _watch_deadlines(self) -> None:
+        hold_s = self.settings.hold_timeout_ms / 1e3
+        while True:
+            await asyncio.sleep(min(0.02, hold_s / 4))
+            now = self.clock()
+            while self._outstanding:
+                work = self._outstanding[0]
+                if not work.done and now - work.born < hold_s and self._wanted(work):
+                    break
+                self._outstanding.popleft()
+                if not work.done and self._wanted(work):
+                    metrics.UNAVAILABLE.inc()
+                    self._settle(work, work.partial, "policy")
+
+    # -- judgements out -----------------------------------------------------------------------
+
+    def _wanted(self, work: Work) -> bool:
+        """Whether somebody still waits for this judgement; forgets it where nobody does."""
+        if work.done:
+            return False
+        if not work.lane.holds(work.segment):
+            work.done = True
+            self.waiting -= 1
+            return False
+        return True
+
+    def _settle(self, work: Work, scores: tuple[float, ...] | None, stage: str) -> None:
+        if not self._wanted(work):
+            return
+        work.done = True
+        self.waiting -= 1
+        if scores is not None and work.harms:
+            scores = tuple(map(max, scores, keyword_scores(work.harms)))
+        judgement = Judgement(
+            scores, stage, "", work.queue_ms, work.prefilter_ms, work.tokenise_ms, work.infer_ms
+        )
+        metrics.SEGMENTS.labels(stage).inc()
+        work.segment.judgement = judgement
+        self._advance(work.lane, work.segment)
+
+    def _advance(self, lane: Lane, segment: Segment) -> None:
+        lane.advance(segment.stream, self.clock(), time.time_ns() // 1_000_000)
+        if lane.has_output:
+            self.on_output(lane)

@@ -1,0 +1,66 @@
+"""What needs no model: keywords that block, text too short to judge, scores that are known already."""
+
+from collections.abc import Callable
+
+from detectors.keywords import KeywordFile
+from worker.assemble import Segment
+from worker.cache import ScoreCache
+from worker.decide import ZEROS, keyword_scores
+from worker.settings import Settings
+
+
+class Screened:
+    """What the prefilter found out about one segment."""
+
+    __slots__ = ("harms", "scores", "stage")
+
+    def __init__(self, scores: tuple[float, ...] | None, stage: str, harms: frozenset[str]) -> None:
+        self.scores = scores  # (7,) where it is settled
+        self.stage = stage
+        self.harms = harms  # of blocking keywords whose harm the tenant does not block
+
+
+_TO_MODELS = Screened(None, "", frozenset())
+
+
+class Prefilter:
+    """Keywords and length; and the key under which a segment's scores are cached."""
+
+    def __init__(
+        self, settings: Settings, keywords: KeywordFile, cache: ScoreCache, models: str,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._keywords = keywords
+        self._cache = cache
+        self._models = models
+        self._clock = clock
+
+    def screen(self, segment: Segment) -> Screened:
+        """Settle the segment by keywords or length, where they can."""
+        hits = self._keywords.current(self._clock()).find(
+            segment.text, segment.tail, segment.following
+        )
+        blocking = {hit.harm for hit in hits if hit.action == "block"}
+        if blocking:
+            actions = self._settings.tenant(segment.stream.tenant).actions
+            if any(actions.get(harm, "block") == "block" for harm in blocking):
+                return Screened(keyword_scores(blocking), "keyword", frozenset())
+            return Screened(None, "", frozenset(blocking))  # the models may find worse
+        visible = len(segment.before) + len(segment.text)
+        if not segment.text or (visible < self._settings.short_chars and not hits):
+            return Screened(ZEROS, "short", frozenset())
+        return _TO_MODELS
+
+    def key(self, segment: Segment) -> bytes:
+        """Cache key: everything that can move the scores, and whose they are.
+
+        The text as it is, not normalised: a spelling that a model reads as harmless must never
+        answer for one that it does not.
+        """
+        stream = segment.stream
+        if stream.context_key is None:
+            policy = self._settings.tenant(stream.tenant).digest()
+            turns = [part for turn in stream.conversation for part in turn]
+            stream.context_key = self._cache.key(stream.tenant, policy, self._models, *turns)
+        return self._cache.key(stream.context_key, segment.before, segment.text)
