@@ -24,8 +24,9 @@ class Served(nn.Module):
 
     def __init__(self, judge: Judge) -> None:
         super().__init__()
-        self.embeddings = judge.encoder.embeddings
-        self.layers = judge.encoder.encoder.layer
+        encoder: Any = judge.encoder  # a BertModel; transformers types it as any model
+        self.embeddings: Any = encoder.embeddings
+        self.layers: Any = encoder.encoder.layer
         self.head = judge.head
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def _layer(layer: Any, queries: Tensor, states: Tensor, bias: Tensor) -> Tensor:
 
 
 def _heads(states: Tensor, size: int) -> Tensor:
-    return states.unflatten(-1, (-1, size)).transpose(1, 2)
+    return torch.unflatten(states, -1, (-1, size)).transpose(1, 2)
 
 
 def to_onnx(judge: Judge, path: Path) -> None:

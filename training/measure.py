@@ -7,15 +7,23 @@ from typing import Final, NamedTuple
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from detectors.calibrate import Calibration, calibrated
+from detectors.calibrate import Calibration, calibrated, sigmoid
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.protocol import FloatArray, Window
 from detectors.tokens import PairTokens
 from training.rows import Row
 from training.windows import judged
 
-_SURE: Final = 1.0  # an inferred label of less weight trains, but does not judge
+SURE: Final = 1.0  # an inferred label of less weight trains and calibrates, but does not judge
 _BINS: Final = 10  # of the calibration error
+
+
+class Labelled(NamedTuple):
+    """One column of rows that have a label, (M,) each."""
+
+    targets: FloatArray  # 0 or 1
+    logits: FloatArray
+    weights: FloatArray
 
 
 class Scored(NamedTuple):
@@ -24,11 +32,12 @@ class Scored(NamedTuple):
     rows: list[Row]
     logits: FloatArray  # (N, 7)
 
-    def labels(self, column: int) -> tuple[FloatArray, FloatArray]:
-        """0/1 labels and logits of the rows that were judged for a column, (M,) each."""
-        known = np.array([row.weights[column] >= _SURE for row in self.rows], dtype=bool)
+    def labels(self, column: int, least: float = SURE) -> Labelled:
+        """The rows whose label for a column weighs at least `least`."""
+        weights = np.array([row.weights[column] for row in self.rows])
         targets = np.array([row.targets[column] for row in self.rows])
-        return targets[known], self.logits[known, column]
+        known = weights >= least
+        return Labelled(targets[known], self.logits[known, column], weights[known])
 
     def only(self, chosen: Callable[[Row], bool]) -> "Scored":
         """The rows for which `chosen` holds."""
@@ -66,12 +75,12 @@ def table(
     scored: Scored, calibration: Calibration, thresholds: dict[str, float]
 ) -> dict[str, Figures]:
     """Figures by column."""
-    probabilities = calibrated(scored.logits, calibration)
     found = {}
     for i, (column, key) in enumerate(zip(COLUMNS, THRESHOLD_KEYS, strict=True)):
-        known = np.array([row.weights[i] >= _SURE for row in scored.rows], dtype=bool)
-        targets, _ = scored.labels(i)
-        found[column] = figures(targets, probabilities[known, i], thresholds[key])
+        labelled = scored.labels(i)
+        slope, intercept = calibration.slopes[i], calibration.intercepts[i]
+        probabilities = sigmoid(slope * labelled.logits + intercept)
+        found[column] = figures(labelled.targets, probabilities, thresholds[key])
     return found
 
 
@@ -108,8 +117,8 @@ def calibration_error(targets: FloatArray, probabilities: FloatArray) -> float:
 def blocked(scored: Scored, calibration: Calibration, thresholds: dict[str, float]) -> FloatArray:
     """(N,) 1 where any column of a row is above its threshold."""
     limits = np.array([thresholds[key] for key in THRESHOLD_KEYS])
-    above = calibrated(scored.logits, calibration) > limits  # (N, 7)
-    return above.any(axis=1).astype(np.float64)
+    margins = calibrated(scored.logits, calibration) - limits  # (N, 7)
+    return np.where(margins.max(axis=1) > 0, 1.0, 0.0)
 
 
 def blocked_by_source(
@@ -129,7 +138,7 @@ def blocked_by_source(
 
 
 def _is(row: Row, source: str, harmful: float) -> bool:
-    return row.source == source and row.weights[-1] >= _SURE and row.targets[-1] == harmful
+    return row.source == source and row.weights[-1] >= SURE and row.targets[-1] == harmful
 
 
 def _count(rows: Iterable[Row], source: str, harmful: float) -> int:

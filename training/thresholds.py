@@ -3,15 +3,17 @@
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
 from detectors.calibrate import Calibration, calibrated, sigmoid
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.protocol import FloatArray
-from training.measure import Scored, blocked
+from training.measure import Labelled, Scored, blocked
 
 FALSE_BLOCKS: Final = 0.005  # share of harmless replies that may be blocked at any segment
 _LOWEST, _HIGHEST = 0.30, 0.99  # whatever the rows say: few of them lie at the ends
+_WEAKEST: Final = 0.1  # weight of a label that still calibrates
 _PRECISION_COUNTS: Final = 0.5  # beta of the F score that each threshold starts from
 
 
@@ -20,7 +22,7 @@ def calibrate(scored: Scored) -> Calibration:
 
     A slope of 0 or less would turn the order round: the model has then learnt nothing there.
     """
-    pairs = [_platt(*scored.labels(column)) for column in range(len(COLUMNS))]
+    pairs = [_platt(scored.labels(column, least=_WEAKEST)) for column in range(len(COLUMNS))]
     for column, (slope, _) in zip(COLUMNS, pairs, strict=True):
         if slope <= 0:
             raise ValueError(f"{column}: slope {slope:.3f}; train longer or on more rows")
@@ -30,8 +32,10 @@ def calibrate(scored: Scored) -> Calibration:
     )
 
 
-def _platt(targets: FloatArray, logits: FloatArray) -> tuple[float, float]:
-    fitted = LogisticRegression(C=1e3).fit(logits[:, None], targets)
+def _platt(labelled: Labelled) -> tuple[float, float]:
+    fitted = LogisticRegression(C=1e3).fit(
+        labelled.logits[:, None], labelled.targets, sample_weight=labelled.weights
+    )
     return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
 
 
@@ -40,7 +44,7 @@ def choose(scored: Scored, harmless: Scored, calibration: Calibration) -> dict[s
 
     harmless: long harmless replies, the highest logits over their segments.
     """
-    best = [_best(*scored.labels(i), calibration, i) for i in range(len(COLUMNS))]
+    best = [_best(scored.labels(i), calibration, i) for i in range(len(COLUMNS))]
     benign = calibrated(harmless.logits, calibration)  # (N, 7)
     for quantile in np.linspace(0.95, 1.0, 201):
         floors = np.quantile(benign, quantile, axis=0)
@@ -51,15 +55,16 @@ def choose(scored: Scored, harmless: Scored, calibration: Calibration) -> dict[s
     return thresholds
 
 
-def _best(targets: FloatArray, logits: FloatArray, calibration: Calibration, column: int) -> float:
+def _best(labelled: Labelled, calibration: Calibration, column: int) -> float:
     """The threshold of the best F0.5: a wrong block closes a stream, so precision counts more."""
     slope, intercept = calibration.slopes[column], calibration.intercepts[column]
-    probabilities = sigmoid(slope * logits + intercept)
+    probabilities = sigmoid(slope * labelled.logits + intercept)
     grid = np.linspace(_LOWEST, _HIGHEST, 70)
-    return float(grid[int(np.argmax([_f(targets, probabilities > t) for t in grid]))])
+    scores = [_f(labelled.targets, probabilities > threshold) for threshold in grid]
+    return float(grid[int(np.argmax(scores))])
 
 
-def _f(targets: FloatArray, above: FloatArray) -> float:
+def _f(targets: FloatArray, above: npt.NDArray[np.bool_]) -> float:
     weight = _PRECISION_COUNTS**2
-    hit = float((above * targets).sum())
-    return (1 + weight) * hit / max(1.0, weight * targets.sum() + above.sum())
+    hit = float(targets[above].sum())
+    return (1 + weight) * hit / max(1.0, weight * float(targets.sum()) + int(above.sum()))

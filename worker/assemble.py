@@ -57,7 +57,7 @@ def scan_mark(text: str) -> int:
 
 
 def _forced_cut(text: str, at: int) -> int:
-    """At the last white-space edge in the second half, else at `at` but in no combining sequence."""
+    """At the last white-space edge in the second half, else at `at`, in no combining sequence."""
     for edge in range(at, at // 2, -1):
         if text[edge - 1].isspace() and not text[edge].isspace():
             return edge
@@ -126,8 +126,8 @@ class Stream:
 
     __slots__ = (
         "_base", "_buffer", "_carry", "_marks", "_ordinal", "_scan", "_tail", "channel",
-        "context_key", "conversation", "cut", "decided", "decided_end", "decided_last", "decided_marks", "early",
-        "epoch", "finished", "frozen", "gap_since", "index", "last_offset", "last_seq",
+        "context_key", "conversation", "cut", "decided", "decided_end", "decided_last",
+        "decided_marks", "early", "epoch", "finished", "frozen", "gap_since", "index", "last_offset", "last_seq",
         "last_timestamp_ms", "limits", "needed_from", "next_seq", "next_tail", "outbox",
         "released_to", "resume", "seen", "stream_id", "tenant", "through",
     )  # fmt: skip

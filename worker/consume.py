@@ -214,7 +214,9 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
                     owned.wake.set()
             metrics.WAITING.set(self._pipeline.waiting)
             metrics.PAUSED.set(self._paused)
-            metrics.OPEN_STREAMS.set(sum(o.lane.open_streams for o in self._owned.values() if o.lane))
+            metrics.OPEN_STREAMS.set(
+                sum(o.lane.open_streams for o in self._owned.values() if o.lane)
+            )
             self._pipeline.check()
             await asyncio.sleep(_TICK_S)
 

@@ -35,9 +35,9 @@ def _decode_surrogates(value: bytes) -> Delta:
         delta = msgspec.convert(parsed, Delta)
         for name in ("stream_id", "tenant"):  # they become keys and labels
             _check_encodable(getattr(delta, name), name)
-        return delta
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise _unreadable(error) from None
+    return delta
 
 
 def _check_encodable(text: str, name: str) -> None:

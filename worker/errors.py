@@ -1,11 +1,11 @@
 """Every failure has one of three fates.
 
-    TidegateError
-    ├── Retry          transient: the same work is tried again, the text stays held meanwhile
-    │   ├── DetectorError     a detector failed or gave a score outside 0..1
-    │   └── PartitionLost     another worker owns the partition now; our results are dropped
-    ├── Unreadable     this record goes to dead letters with its reason, the partition moves on
-    └── Stop           configuration, model, too many dead letters: the worker ends, loudly
+TidegateError
+├── Retry          transient: the same work is tried again, the text stays held meanwhile
+│   ├── DetectorError     a detector failed or gave a score outside 0..1
+│   └── PartitionLost     another worker owns the partition now; our results are dropped
+├── Unreadable     this record goes to dead letters with its reason, the partition moves on
+└── Stop           configuration, model, too many dead letters: the worker ends, loudly
 """
 
 

@@ -4,11 +4,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from detectors.protocol import Turn as Turn
-
 Channel = Literal["text", "tool", "thinking"]
 Verdict = Literal["allow", "block", "revise"]
-Stage = Literal["keyword", "cache", "short", "toxicity", "context", "logprob", "policy"]
 
 MAX_ID_CHARS = 512
 _Id = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_CHARS)]
@@ -77,7 +74,7 @@ class Decision(msgspec.Struct, frozen=True):
     harm: str | None
     scores: dict[str, float]
     harmful: float | None
-    stage: Stage
+    stage: str  # keyword, cache, short, policy, or the detector that settled it
     reason: str
     policy: str
     thresholds_version: int

@@ -1,4 +1,4 @@
-"""What needs no model: keywords that block, text too short to judge, scores that are known already."""
+"""What needs no model: blocking keywords, text too short to judge, scores known already."""
 
 from collections.abc import Callable
 

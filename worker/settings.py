@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     # operation
     max_dead_letters_in_row: int = Field(1_000, ge=1)  # more is a broken deploy: stop
     shutdown_timeout_ms: int = Field(10_000, ge=100)
-    watchdog_ms: int = Field(30_000, ge=0)  # an event loop stuck for so long ends the worker; 0: off
+    watchdog_ms: int = Field(30_000, ge=0)  # a loop stuck so long ends the worker; 0: off
     metrics_port: int | None = None  # Prometheus on loopback
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

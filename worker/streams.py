@@ -150,7 +150,7 @@ class Lane:
     def _advance(
         self, stream: Stream, delta: Delta, offset: int, timestamp_ms: int, now: float
     ) -> list[Segment]:
-        """Put the delta in its place. Repeats, and what an ended stream still sends, are nothing."""
+        """Put the delta in its place. Repeats and what an ended stream sends are nothing."""
         if offset < stream.needed_from:
             return []  # the snapshot that the stream was restored from holds it
         stream.through = offset
@@ -356,7 +356,9 @@ class Lane:
     def judging(self) -> bool:
         """Whether a segment is cut and waits for its judgement, not only for later segments."""
         return any(
-            segment.judgement is None for stream in self._streams.values() for segment in stream.outbox
+            segment.judgement is None
+            for stream in self._streams.values()
+            for segment in stream.outbox
         )
 
     def drop(self) -> None:
@@ -385,7 +387,8 @@ class Lane:
         if not (self._ready or letters or self._changed or (due and offset != self.committed)):
             return None
         self._commit_due = now + self._rules.settings.commit_interval_ms / 1e3
-        journal = [(stream_id, self._entry(stream_id)) for stream_id in self._changed]
+        journal: list[tuple[str, bytes | None]] = []
+        journal += [(stream_id, self._entry(stream_id)) for stream_id in self._changed]
         journal += self._expired()
         decisions, self._ready, self._changed = self._ready, [], {}
         if letters:
@@ -496,7 +499,7 @@ class Lane:
 
 
 def latest_turns(turns: list[Turn], max_chars: int) -> tuple[Turn, ...]:
-    """The conversation's end: whole turns from the last one back, the first of them cut in front."""
+    """The conversation's end: whole turns from the last one back, the first cut in front."""
     kept: list[Turn] = []
     for turn in reversed(turns):
         if max_chars <= 0:

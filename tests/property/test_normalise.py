@@ -110,7 +110,7 @@ def _found(text: str, cuts: list[int]) -> list[tuple[str, int, int]]:
 
 @given(term_like() | trouble, st.lists(st.integers(0, 60), max_size=8) | st.just(list(range(60))))
 @example("kill\u200b\u200b x", [4, 5])
-@example("kill" + " \n" * 100 + "a b", [4, 60, 150, 205])
+@example("kill" + " \n" * 100 + "a b", [4, 60, 150])
 @example("ki" + "\u200b" * 100 + "ll", [2, 30, 60])
 @example("か\u3099か", [1, 2])
 @example("ﷺ\u0301", [1])

@@ -72,6 +72,7 @@ def test_shipped_list_is_small_and_names_every_harm() -> None:
         ("k1ll, ki1l, K!LL!", {"kill"}),
         ("a$$ @ss @$$", {"ass"}),
         ("4$$ 455 $5", set()),
+        ("k1ll 4$$ 455 $5", {"kill"}),
         ("k\u200bi\u0301lл", set()),  # л is no look-alike of l
         ("k\u200bi\u0301ll", {"kill"}),
         ("кіll", {"kill"}),
@@ -182,6 +183,7 @@ def test_longest_term_fits_the_tail(tmp_path: Path) -> None:
     keywords = Keywords.load(path)
     assert keywords.find("x", keywords.next_tail("", "a " * 99 + "x" * 63))
     assert not keywords.find("x", keywords.next_tail("", "x" * 64))
+    assert not keywords.find("\u200b", keywords.next_tail("", "x" * 65))
 
 
 def test_digest_follows_content(path: Path) -> None:

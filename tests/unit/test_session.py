@@ -83,7 +83,8 @@ def test_a_manifest_that_does_not_fit_is_refused(
 def test_a_pickle_is_never_read(folder: Path) -> None:
     """Not even with the right digest."""
     (folder / "model.pkl").write_bytes(b"cos\nsystem\n")
-    files = {"model.pkl": sha256(b"cos\nsystem\n").hexdigest()}
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    files = manifest["files"] | {"model.pkl": sha256(b"cos\nsystem\n").hexdigest()}
     change(folder, model="model.pkl", files=files)
     with pytest.raises(ModelError, match=r"no \.onnx or \.json"):
         Folder(folder)

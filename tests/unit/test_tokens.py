@@ -85,6 +85,12 @@ def test_the_text_before_loses_its_front(short: PairTokens) -> None:
     assert side(window, 1) == [*words(40)[-15:], "text"]
 
 
+def test_a_text_of_one_character_is_one_token(tokens: PairTokens) -> None:
+    """The judged part begins at the first token that holds any of it."""
+    assert tokens.encode(Passage("x", "word ", ())).text_tokens == 1
+    assert tokens.encode(Passage("x", "wor", ())).text_tokens >= 1
+
+
 def test_a_word_cut_by_the_seam_stays_a_word(tokens: PairTokens) -> None:
     """The text before and the text are read as one."""
     (window,) = tokens.encode(Passage("ing it", "kill", ())).windows

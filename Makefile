@@ -1,0 +1,61 @@
+# `make demo` and `make test` do everything from a fresh clone; `make help` lists the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?=
+LOCK := $(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-annotate \
+	--custom-compile-command "make lock" pyproject.toml
+
+.PHONY: help setup demo test check unit broker bench train lock clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/.done: requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+setup: .venv/.done ## the environment in .venv, so that .venv/bin/tidegate is the command
+
+demo: setup ## the whole system on this machine, on sample conversations
+	@$(BIN)/tidegate demo
+
+check: setup ## formatting, lint, types, imports, compose file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+unit: setup ## the tests that need no broker
+	$(BIN)/pytest -m "not train" tests/unit tests/property tests/models
+
+broker: setup ## the tests on a real broker
+	$(BIN)/pytest -m "not train" tests/broker
+
+test: check ## everything that proves it: checks, then all tests
+	$(BIN)/pytest -m "not train" tests
+
+bench: setup ## the benchmarks, peers beside ours
+	$(BIN)/tidegate bench
+
+.venv-train/.done: requirements/train.txt
+	$(PYTHON) -m venv .venv-train
+	.venv-train/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements/train.txt
+	@touch $@
+
+train: .venv-train/.done ## classifier from data to models/: make train DATA=folder
+	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=folder"; exit 2; }
+	.venv-train/bin/python -m training.classifier --data $(DATA) --out runs/toxicity
+	.venv-train/bin/python -m export --checkpoint runs/toxicity --out models/toxicity
+
+lock: setup ## pin the newest versions that pyproject.toml allows
+	$(BIN)/pip install -q uv
+	$(LOCK) --extra cpu -o requirements/run.txt
+	$(LOCK) --extra gpu -o requirements/gpu.txt
+	$(LOCK) --extra cpu --extra local --extra dev -o requirements/dev.txt
+	$(LOCK) --extra cpu --extra train -o requirements/train.txt
+
+clean: ## what was built here
+	rm -rf .venv .venv-train .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info dist

@@ -1,0 +1,1 @@
+"""Tidegate: judges what a language model says while it says it."""
