@@ -127,7 +127,8 @@ class Stream:
     __slots__ = (
         "_base", "_buffer", "_carry", "_marks", "_ordinal", "_scan", "_tail", "channel",
         "context_key", "conversation", "cut", "decided", "decided_end", "decided_last",
-        "decided_marks", "early", "epoch", "finished", "frozen", "gap_since", "index", "last_offset", "last_seq",
+        "decided_marks", "early", "epoch", "finished", "frozen", "gap_since", "index",
+        "last_offset", "last_seq",
         "last_timestamp_ms", "limits", "needed_from", "next_seq", "next_tail", "outbox",
         "released_to", "resume", "seen", "stream_id", "tenant", "through",
     )  # fmt: skip

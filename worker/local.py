@@ -634,7 +634,7 @@ async def _cluster_gap(ports: set[int], cluster_id: str) -> str:
         client_id="tidegate-ready",
     )
     try:
-        await admin.start()  # type: ignore[no-untyped-call]  # aiokafka types but some
+        await admin.start()
         cluster = await admin.describe_cluster()
         if cluster["cluster_id"] != cluster_id:
             return "another cluster got the port first"
@@ -648,7 +648,7 @@ async def _cluster_gap(ports: set[int], cluster_id: str) -> str:
     except (KafkaError, OSError, TimeoutError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        await admin.close()  # type: ignore[no-untyped-call]  # the same
+        await admin.close()
 
 
 def _replica_gap(topics: Iterable[Mapping[str, object]], alive: set[int]) -> str:

@@ -166,10 +166,10 @@ async def ensure_topics(
     if isinstance(kafka, str):
         admin = AIOKafkaAdminClient(bootstrap_servers=kafka, client_id="tidegate-topics")
         try:
-            await admin.start()  # type: ignore[no-untyped-call]  # aiokafka types but some
+            await admin.start()
             return await ensure_topics(admin, specs, partitions, replication_factor)
         finally:
-            await admin.close()  # type: ignore[no-untyped-call]  # the same
+            await admin.close()
     existing = await _existing(kafka, [spec.name for spec in specs])
     _refuse_problems(specs, existing, partitions)
     count = co_partitions(specs, existing, partitions)
@@ -195,7 +195,7 @@ async def _create(
     if not specs:
         return ()
     new = [
-        NewTopic(  # type: ignore[no-untyped-call]  # aiokafka types but some
+        NewTopic(
             spec.name,
             spec.partitions or partitions,
             replicas,
@@ -250,7 +250,7 @@ async def _cleanup_policies(admin: AIOKafkaAdminClient, names: Sequence[str]) ->
     """cleanup.policy of each topic; without those that the broker asked does not know yet."""
     wanted, kind = {"cleanup.policy": ""}, ConfigResourceType.TOPIC
     resources = [
-        ConfigResource(kind, name, wanted)  # type: ignore[no-untyped-call]  # the same
+        ConfigResource(kind, name, wanted)
         for name in names
     ]
     policies: dict[str, str] = {}
