@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from detectors.calibrate import Calibration
 from detectors.protocol import Window
 from detectors.tokens import PairTokens
-from export import manifest, parity
+from export import card, manifest, parity
 from export.quantize import quantize
 from export.to_onnx import opset, to_onnx
 from training import base, measure, rows, sources, thresholds
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     provenance = _provenance(arguments.data / "permissive", run)
     made = manifest.Made(opset(out / manifest.MODEL), *choice, provenance, figures)
     manifest.write(out, manifest.contents(out, made))
-    print(json.dumps(manifest.without_nan(figures), indent=1))
+    print(card.tables(manifest.without_nan(figures), choice.thresholds))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,14 +1,21 @@
 """Detectors that stand in for models. Settings name them `python:tests.fakes:HashDetector`."""
 
+import asyncio
 import hashlib
+import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from detectors.harms import COLUMNS
-from detectors.protocol import Encoded, FloatArray, Passage, Window
+from detectors.protocol import Detector, Encoded, FloatArray, Passage, Window
+from worker.events import Decision
+from worker.pipeline import Pipeline
+from worker.settings import Settings
+from worker.streams import Lane
 
 HARMFUL_SHARE = 0.03  # of all passages, about
 
@@ -51,6 +58,32 @@ class StuckDetector(HashDetector):
         return super().score(batch)
 
 
+MARKER = "\N{SKULL}"
+
+
+class MarkerDetector(HashDetector):
+    """Violent is a segment with MARKER in it, whatever stands before it; all else is harmless."""
+
+    digest = "3a4c" * 8
+
+    def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+        """One window that says whether the marker is there."""
+        return [_marked(passage) for passage in passages]
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        """(B, 7) 0.95 for violence and `harmful` where the marker is, else 0.01."""
+        rows = np.full((len(batch), len(COLUMNS)), 0.01)
+        for row, encoded in zip(rows, batch, strict=True):
+            if encoded.windows[0].ids[0]:
+                row[[0, -1]] = 0.95
+        return rows
+
+
+def _marked(passage: Passage) -> Encoded:
+    ids = np.array([MARKER in passage.text], dtype=np.int64)
+    return Encoded((Window(ids, np.zeros_like(ids)),), tokens=1, text_tokens=1)
+
+
 def _hold_the_lock() -> None:
     """One call into C that takes about half a minute and lets nobody else run."""
     sum(range(2_000_000_000))
@@ -81,3 +114,109 @@ def _scores(window: Window) -> FloatArray:
         row[picked % (len(COLUMNS) - 1)] = 0.95
     row[-1] = row[:-1].max()
     return np.asarray(row, dtype=np.float64)
+
+
+class RowDetector:
+    """Scores each passage by `row_of`; `batches` says what was scored together.
+
+    tests/oracle.py uses the same function, so that whatever else a segment was judged with shows.
+    """
+
+    name = "toxicity"
+    digest = "0b5e55ed" * 8
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """None of its own: the defaults hold."""
+        return {}
+
+    def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+        """One window whose length is the passage's, its row in the first seven tokens."""
+        return [_with_row(passage) for passage in passages]
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        """(B, 7) the rows that `encode` put there."""
+        self.batches.append(len(batch))
+        return np.stack([row.windows[0].ids[: len(COLUMNS)] / 1_000 for row in batch])
+
+
+def row_of(text: str, before: str, conversation: Sequence[tuple[str, str]]) -> tuple[float, ...]:
+    """(7,) thousandths that depend on every character. Three in ten name a harm, some of them at
+    its threshold exactly, some only in the last column."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in (text, before, *(part for turn in conversation for part in turn)):
+        _add(hasher, part)
+    digest = hasher.digest()
+    row = [byte / 500 for byte in digest[: len(COLUMNS)]]  # below 0.52
+    kind, harm = digest[8], digest[9] % len(COLUMNS)
+    if kind < 60:
+        row[harm] = 0.95
+    elif kind < 80:
+        row[harm] = (0.70, 0.80, 0.60, 0.90, 0.85, 0.75, 0.90)[harm]
+    row[-1] = max(row) if kind < 70 else row[-1]
+    return tuple(round(score, 3) for score in row)
+
+
+def _with_row(passage: Passage) -> Encoded:
+    row = [round(1_000 * it) for it in row_of(*passage)]
+    ids = np.asarray(row + [0] * len(passage.text), dtype=np.int64)
+    return Encoded((Window(ids, np.zeros_like(ids)),), tokens=len(ids), text_tokens=len(ids))
+
+
+# -- streams through a pipeline ------------------------------------------------------------------
+
+SETTLE = None  # among the records: wait until everything fed so far is judged
+
+
+def utf16_units(text: str) -> list[str]:
+    """The text's UTF-16 units, each as a code point: where a producer may cut it."""
+    coded = text.encode("utf-16-le", "surrogatepass")
+    return [chr(coded[i] + 256 * coded[i + 1]) for i in range(0, len(coded), 2)]
+
+
+def delta_records(
+    stream_id: str, pieces: Sequence[str], *, ascii_only: bool = True, **first: Any
+) -> list[bytes]:
+    """The pieces as records of one stream, the last of them final. first: fields of the first."""
+    records = []
+    for seq, piece in enumerate(pieces):
+        fields = {"stream_id": stream_id, "seq": seq, "delta": piece, "final": seq == len(pieces) - 1}
+        halves = any("\ud800" <= char <= "\udfff" for char in piece)
+        written = json.dumps(fields | (first if seq == 0 else {}), ensure_ascii=ascii_only or halves)
+        records.append(written.encode())
+    return records
+
+
+async def decide_records(
+    settings: Settings, records: Sequence[bytes | None], detector: Detector | None = None,
+    on_decision: Callable[[Decision], None] = lambda _: None,
+) -> dict[str, list[Decision]]:  # fmt: skip
+    """The decisions of each stream when one lane is fed these records."""
+    decided: dict[str, list[Decision]] = {}
+    async with Pipeline(settings, [detector or RowDetector()]) as pipeline:
+
+        def collect(lane: Lane) -> None:
+            output = lane.take(pipeline.clock())
+            assert output is not None
+            for decision in output.decisions:
+                decided.setdefault(decision.stream_id, []).append(decision)
+                on_decision(decision)
+            lane.done(output, range(len(output.journal)))
+
+        pipeline.on_output = collect
+        lane = pipeline.lane("llm.outputs", 0)
+        for offset, record in enumerate(records):
+            if record is SETTLE:
+                await _settled(pipeline)
+            else:
+                pipeline.submit(lane, lane.feed(offset, 0, None, record, pipeline.clock(), 0))
+        await _settled(pipeline)
+    return decided
+
+
+async def _settled(pipeline: Pipeline) -> None:
+    while pipeline.waiting:
+        await asyncio.sleep(0.0002)

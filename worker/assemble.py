@@ -23,6 +23,7 @@ _SENTENCE_END: Final = re.compile(
 )
 _SPACES: Final = "".join(chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace())
 _RUN: Final = ".!?…。！？｡" + "\"'”’»)]*_`" + _CJK_CLOSERS + _SPACES
+_REGIONAL: Final = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 _MAX_BACK_OFF: Final = 32  # code points; longer combining sequences are cut all the same
 
 
@@ -62,18 +63,17 @@ def _forced_cut(text: str, at: int) -> int:
         if text[edge - 1].isspace() and not text[edge].isspace():
             return edge
     for cut in range(at, max(at - _MAX_BACK_OFF, at // 2), -1):
-        if not _joined(text[cut - 1], text[cut]):
+        if not _joined(text, cut):
             return cut
     return at
 
 
-def _joined(left: str, right: str) -> bool:
-    """Whether the two belong to one visible character."""
-    return (
-        left == "\u200d"
-        or unicodedata.category(right) in {"Mn", "Mc", "Me", "Cf", "Sk"}
-        or "\U0001f1e6" <= left <= right <= "\U0001f1ff"
-    )
+def _joined(text: str, cut: int) -> bool:
+    """Whether a cut there would go through one visible character."""
+    left, right = text[cut - 1], text[cut]
+    if left != "\u200d" and "\U0001f1e6" <= right <= "\U0001f1ff":  # two of these are one flag
+        return (cut - len(text[:cut].rstrip(_REGIONAL))) % 2 == 1
+    return left == "\u200d" or unicodedata.category(right) in {"Mn", "Mc", "Me", "Cf", "Sk"}
 
 
 def join_surrogates(high: str, text: str) -> str:
@@ -125,7 +125,7 @@ class Stream:
     """One open stream: the text that is not settled yet, and what its next segment needs."""
 
     __slots__ = (
-        "_base", "_buffer", "_carry", "_marks", "_ordinal", "_scan", "_tail", "channel",
+        "_base", "_buffer", "_carry", "_cut_last", "_marks", "_scan", "_tail", "channel",
         "context_key", "conversation", "cut", "decided", "decided_end", "decided_last",
         "decided_marks", "early", "epoch", "finished", "frozen", "gap_since", "index",
         "last_offset", "last_seq",
@@ -152,7 +152,7 @@ class Stream:
         self._scan = 0
         self._marks: deque[int] = deque(maxlen=max(1, limits.context_segments))
         self._tail = ""
-        self._ordinal = 0
+        self._cut_last = (-1, -1)  # offset and ordinal of the last segment that was cut
         self.cut = 0  # where the pending text starts
         self.index = 0  # of the next segment to be cut
         self.finished = False  # the final segment was cut
@@ -192,8 +192,6 @@ class Stream:
         self._buffer += text
         if self.resume is not None and not self._resumed(self.resume):
             return []
-        if offset != self.decided_last[0]:  # equal when this delta's first segments are settled
-            self._ordinal = 0
         return self._segments(final, now)
 
     def close(self, now: float) -> list[Segment]:
@@ -224,7 +222,8 @@ class Stream:
     def _next_cut(self) -> int:
         if len(self._buffer) - (self.cut - self._base) <= self.limits.min_chars:
             return 0
-        pending = self._buffer[self.cut - self._base :]
+        at = self.cut - self._base
+        pending = self._buffer[at : at + self.limits.max_chars + 1]
         length = next_cut(pending, self.limits, self._scan)
         self._scan = 0 if length else scan_mark(pending)
         return length
@@ -234,17 +233,19 @@ class Stream:
         at = self.cut - self._base
         text = self._buffer[at : at + length]
         before_from = self._before_from()
+        # A delta may complete several segments, and a restart lie between them.
+        ordinal = self._cut_last[1] + 1 if self.last_offset == self._cut_last[0] else 0
         segment = Segment(
             stream=self, index=self.index, start=self.cut, text=text,
             before=self._buffer[before_from - self._base : at], tail=self._tail,
             following=self._buffer[at + length : at + length + 1], offset=self.last_offset,
-            ordinal=self._ordinal, seq=self.last_seq, final=final, born=now,
+            ordinal=ordinal, seq=self.last_seq, final=final, born=now,
         )  # fmt: skip
         self._tail = self.next_tail(self._tail, text)
         self._marks.append(self.cut)
         self.cut += length
         self.index += 1
-        self._ordinal += 1
+        self._cut_last = (self.last_offset, ordinal)
         self.outbox.append(segment)
         self._trim()
         return segment
@@ -286,7 +287,7 @@ class Stream:
             resume.decided, resume.end, resume.marks,
         )  # fmt: skip
         self.decided_last = resume.last
-        self._ordinal = resume.last[1] + 1
+        self._cut_last = resume.last
         self.released_to, self.frozen = resume.released_to, resume.frozen
         self.resume = None
         self._trim()
@@ -308,7 +309,7 @@ class Stream:
             "conversation": [list(turn) for turn in self.conversation],
             "base": base, "text": self._buffer[base - self._base :], "carry": self._carry,
             "tail": self.outbox[0].tail if self.outbox else self._tail,
-            "cuts": [[s.start, s.end, s.offset, s.ordinal, s.seq, s.final] for s in self.outbox],
+            "cuts": [[s.start, s.end, s.offset, s.seq, s.final] for s in self.outbox],
             "next_seq": self.next_seq, "last": [self.last_offset, self.last_seq],
             "timestamp_ms": self.last_timestamp_ms, "finished": self.finished,
             "through": self.through,
@@ -327,13 +328,10 @@ class Stream:
         self.gap_since = now if self.early else None
         self._start_at(progress)
         segments = []
-        for start, end, offset, ordinal, seq, final in snapshot["cuts"]:
-            self.last_offset, self.last_seq, self._ordinal = offset, seq, ordinal
+        for start, end, offset, seq, final in snapshot["cuts"]:
+            self.last_offset, self.last_seq = offset, seq
             segments.append(self._cut(end - start, final, now))
-        completed = segments[-1].offset if segments else progress.last[0]
         self.last_offset, self.last_seq = snapshot["last"]
-        if self.last_offset != completed:
-            self._ordinal = 0
         self.finished = snapshot["finished"]
         return segments
 

@@ -8,14 +8,14 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from aiokafka.errors import KafkaError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 
 from worker import metrics
 from worker.errors import PartitionLost, Stop
@@ -37,7 +37,9 @@ _FEED_AT_ONCE = 250  # records, then the other tasks have a turn
 _TAKE_TIMEOUT_S = 60.0  # to fence, read back and load; then again
 _FRESH_S = 2.0  # an answer of the broker this old no longer proves that the log is read
 _MAX_BACKLOG = 5_000  # decisions of a lane that wait for the broker
-_MAX_FAILURES = 20  # takes of one partition in a row that end in an error
+_MAX_FAILURES = 20  # in a row, of one partition or of polling, that waiting will not mend
+_START_S = 60.0  # how long brokers may be out of reach when a worker starts
+_SETTLE_S = 2.0  # a new leader may not yet show all that is in the log
 
 
 class Owned:
@@ -48,6 +50,9 @@ class Owned:
         self.lane: Lane | None = None
         self.last_mark: Mark | None = None  # of the last transaction known to be committed
         self.reading = False  # records may be fed
+        self.turn = 0  # of being taken; records fetched in an earlier one are not fed
+        self.reached = 0  # every record below was fed, or is none: markers have offsets too
+        self.taken = 0.0  # monotonic seconds
         self.wake = asyncio.Event()
         self.idle = asyncio.Event()  # no transaction is under way
         self.idle.set()
@@ -81,25 +86,30 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
     async def run(self) -> None:
         """Work until `stop`. Raises Stop, and whatever a step could not handle."""
         settings = self._settings
+        rebalance_ms = settings.session_timeout_ms * 3 // 2
+        # Joining takes until the dead have lost their sessions. Who gives up before that leaves one
+        # more dead member behind.
+        request_ms = max(settings.request_timeout_ms, rebalance_ms + 5_000)
         self._consumer = AIOKafkaConsumer(
-            **client_settings(settings), group_id=settings.group_id,
-            group_instance_id=settings.group_instance_id, enable_auto_commit=False,
+            **(client_settings(settings) | {"request_timeout_ms": request_ms}),
+            group_id=settings.group_id, group_instance_id=settings.group_instance_id,
+            enable_auto_commit=False,
             auto_offset_reset="earliest",  # the first offset of a new group is sought in _start_at
             isolation_level="read_committed", max_poll_records=settings.max_poll_records,
             fetch_max_wait_ms=settings.fetch_max_wait_ms,
             session_timeout_ms=settings.session_timeout_ms,
             heartbeat_interval_ms=settings.heartbeat_interval_ms,
             max_poll_interval_ms=settings.max_poll_interval_ms,
-            rebalance_timeout_ms=settings.session_timeout_ms * 3,
+            rebalance_timeout_ms=rebalance_ms,
             partition_assignment_strategy=(StickyPartitionAssignor,),
         )  # fmt: skip
         self._admin = AIOKafkaAdminClient(**client_settings(settings))
         try:
-            await self._admin.start()
-            await self._check_topics()
+            await self._reach(self._admin.start)
+            await self._reach(self._check_topics)
             async with asyncio.TaskGroup() as self._tasks:  # before the group assigns anything
                 self._consumer.subscribe([settings.outputs_topic], listener=self)
-                await self._consumer.start()
+                await self._reach(self._consumer.start)
                 steps = [
                     self._tasks.create_task(step) for step in (self._poll(), self._tick_for_ever())
                 ]
@@ -111,6 +121,19 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
                 self._release(list(self._owned))
         finally:
             await self._leave()
+
+    async def _reach(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Do a step that needs the brokers; again, for a while, where they cannot be reached."""
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                return await step()
+            except KafkaError as error:
+                if not error.retriable or time.monotonic() > deadline:
+                    where = self._settings.bootstrap_servers
+                    raise Stop(f"no broker at {where} serves us: {error!r}") from error
+                log.warning("start.waits", error=type(error).__name__)
+                await asyncio.sleep(0.5)
 
     async def _leave(self) -> None:
         """Leave the group within the time that is left; aiokafka may hang here."""
@@ -146,23 +169,32 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
 
     async def _poll(self) -> None:
         """Read and feed for ever. Polling never waits for judging: back-pressure pauses."""
+        failures = 0
         while True:
             self._press_back()
+            self._note_reached()
             try:
                 records = await self._consumer.getmany(timeout_ms=200)
             except KafkaError as error:
+                failures += 1
+                if failures > _MAX_FAILURES:
+                    raise Stop(f"polling fails: {error!r}") from error
                 log.warning("poll.failed", error=type(error).__name__)
                 self._seek_back()  # what the failed call had drained would be lost
                 await asyncio.sleep(0.2)
                 continue
-            for partition, batch in records.items():
-                await self._feed(partition, batch)
+            failures = 0
+            # Nothing was awaited since aiokafka handed these out: they belong to these turns.
+            turns = [(owned, owned.turn) for owned in map(self._owned.get, records) if owned]
+            for owned, turn in turns:
+                await self._feed(owned, turn, records[owned.partition])
 
-    async def _feed(self, partition: TopicPartition, batch: list[Any]) -> None:
+    async def _feed(self, owned: Owned, turn: int, batch: list[Any]) -> None:
         for begin in range(0, len(batch), _FEED_AT_ONCE):
-            owned = self._owned.get(partition)
-            if owned is None or owned.lane is None or not owned.reading:
-                return  # `_take` seeks before it lets records in
+            if self._owned.get(owned.partition) is not owned or owned.turn != turn:
+                return  # taken again meanwhile: `_take` has sought to where it goes on
+            if owned.lane is None or not owned.reading:
+                return  # `_take` will seek before it lets records in
             lane, now, wall_ms = owned.lane, time.monotonic(), _wall_ms()
             segments = []
             chunk = batch[begin : begin + _FEED_AT_ONCE]
@@ -187,6 +219,13 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             self._paused = False
             self._consumer.resume(*self._readable())
 
+    def _note_reached(self) -> None:
+        """Everything that was handed out is fed: what aiokafka calls its position is reached."""
+        for partition in self._readable():
+            state = self._consumer._subscription.subscription.assignment.state_value(partition)  # noqa: SLF001
+            if state.has_valid_position:
+                self._owned[partition].reached = state.position
+
     def _readable(self) -> list[TopicPartition]:
         mine = self._consumer.assignment()
         return [p for p, owned in self._owned.items() if owned.reading and p in mine]
@@ -208,7 +247,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
                 lane = owned.lane
                 if lane is None or not owned.reading:
                     continue
-                caught_up = not late and self._caught_up(owned.partition, lane)
+                caught_up = not late and self._caught_up(owned, lane, now)
                 self._pipeline.submit(lane, lane.tick(now, _wall_ms(), caught_up))
                 if lane.due:
                     owned.wake.set()
@@ -220,20 +259,20 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             self._pipeline.check()
             await asyncio.sleep(_TICK_S)
 
-    def _caught_up(self, partition: TopicPartition, lane: Lane) -> bool:
+    def _caught_up(self, owned: Owned, lane: Lane, now: float) -> bool:
         """Whether the broker has said just now that nothing is unread."""
+        partition = owned.partition
+        if self._paused or now - owned.taken < _SETTLE_S:
+            return False
         if partition not in self._consumer.assignment():
             return False
         end = self._consumer.last_stable_offset(partition)
         polled_ms = self._consumer.last_poll_timestamp(partition)
-        if end is None or end < 0 or not polled_ms or self._paused:
+        if end is None or not polled_ms or _wall_ms() - polled_ms > _FRESH_S * 1e3:
             return False
-        if _wall_ms() - polled_ms > _FRESH_S * 1e3:
-            return False
-        # The log may end in a transaction's marker: then aiokafka's position is past the lane's.
-        reached = self._consumer._subscription.subscription.assignment.state_value(partition)  # noqa: SLF001
-        position = reached.position if reached.has_valid_position else 0
-        return max(lane.position, position) >= end
+        # An end before our position is a new leader's that does not know better yet. The log may
+        # end in transactions' markers: then what is reached is past the lane's position.
+        return lane.position <= end <= max(lane.position, owned.reached)
 
     # -- partitions that come and go ----------------------------------------------------------
 
@@ -317,7 +356,10 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
         cause = "fenced" if fenced else type(error).__name__
         metrics.LANES_LOST.labels(cause).inc()
         log.warning("lane.lost", partition=owned.partition.partition, cause=cause)
-        if owned.failures > _MAX_FAILURES:
+        mends = isinstance(error, TimeoutError | OSError | PartitionLost) or getattr(
+            error, "retriable", False
+        )
+        if owned.failures > _MAX_FAILURES and not mends:
             raise Stop(f"{owned.partition}: {owned.failures} failures in a row, last: {error!r}")
         await asyncio.sleep(
             self._settings.session_timeout_ms / 1e3 if fenced else min(0.1 * owned.failures, 2.0)
@@ -340,6 +382,8 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             raise asyncio.CancelledError
         self._by_lane[id(lane)] = owned
         self._consumer.seek(owned.partition, lane.position)
+        owned.turn += 1
+        owned.reached, owned.taken = lane.position, time.monotonic()
         owned.reading = True
         if not self._paused:
             self._consumer.resume(owned.partition)
@@ -369,7 +413,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             self._settings.group_id, partitions=[partition]
         )
         if partition not in found:  # the coordinator was moving: not the same as "no offset"
-            raise PartitionLost(f"{partition}: offsets are not to be had just now")
+            raise GroupCoordinatorNotAvailableError(f"{partition}: no offsets just now")
         offset, metadata = found[partition]
         return (None, None) if offset < 0 else (offset, Mark.decode(metadata))
 

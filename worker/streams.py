@@ -101,6 +101,13 @@ class Lane:
             )
             self._bury(letter, now)
             return []
+        return self.feed_delta(delta, offset, timestamp_ms, now, wall_ms)
+
+    def feed_delta(
+        self, delta: Delta, offset: int, timestamp_ms: int, now: float, wall_ms: int
+    ) -> list[Segment]:
+        """Take the next record's delta; the segments that it completes."""
+        self.position = offset + 1
         self._dead_run = 0
         stamp = min(timestamp_ms, wall_ms)  # a clock that runs ahead must not expire anything
         self._log_ms = max(self._log_ms, stamp)
@@ -227,7 +234,7 @@ class Lane:
         if caught_up:
             self._log_ms = max(self._log_ms, wall_ms)
             segments += self._idle(now)
-        while len(self._streams) > settings.max_open_streams:
+        for _ in range(len(self._streams) - settings.max_open_streams):
             segments += self._end_silent(now)
         return segments
 
@@ -276,7 +283,8 @@ class Lane:
             judgements = [it.judgement for it in window if it.judgement is not None]
             if len(judgements) < len(window):
                 return
-            if not self._decide(stream, window[0], combine(judgements), now, wall_ms):
+            own = judgements[: self._limits.context_segments + 1]  # the windows that it lies in
+            if not self._decide(stream, window[0], combine(own), now, wall_ms):
                 return
 
     def _decide(
@@ -341,7 +349,7 @@ class Lane:
     @property
     def due(self) -> bool:
         """Whether offsets or dead letters wait for their time."""
-        return bool(self._ready or self._dead or self._changed) or self._offset() != self.committed
+        return bool(self._ready or self._dead or self._changed) or self._behind()
 
     @property
     def backlog(self) -> int:
@@ -382,9 +390,8 @@ class Lane:
         """What the next transaction publishes; None where nothing is due."""
         letters = self._take_dead_letters(now, drain)
         self._spill()
-        offset = self._offset()
         due = drain or now >= self._commit_due
-        if not (self._ready or letters or self._changed or (due and offset != self.committed)):
+        if not (self._ready or letters or self._changed or (due and self._behind())):
             return None
         self._commit_due = now + self._rules.settings.commit_interval_ms / 1e3
         journal: list[tuple[str, bytes | None]] = []
@@ -446,12 +453,21 @@ class Lane:
         entry |= {"needed_from": self.position, "snapshot": stream.snapshot()}
         return json.dumps(entry).encode()  # escapes lone surrogates, which orjson refuses
 
+    def _behind(self) -> bool:
+        """Whether the offset has moved, or something can be forgotten, without any decision."""
+        oldest = next(iter(self._closed.values()), None)
+        return self._offset() != self.committed or (oldest is not None and self._is_over(oldest))
+
+    def _is_over(self, closed: Closed) -> bool:
+        """Whether no late delta of it has to be ignored any more, and no restart reads it again."""
+        kept_ms = self._rules.settings.closed_for_ms
+        return closed.closed_ms + kept_ms < self._log_ms and closed.through < self.committed
+
     def _expired(self) -> list[tuple[str, bytes | None]]:
         """Tombstones of closed streams that no late delta can be ignored for any more."""
-        oldest_kept = self._log_ms - self._rules.settings.closed_for_ms
         gone: list[tuple[str, bytes | None]] = []
         for stream_id, closed in islice(self._closed.items(), _TOMBSTONES):
-            if closed.closed_ms >= oldest_kept or closed.through >= self.committed:
+            if not self._is_over(closed):
                 break
             if stream_id not in self._changed:
                 gone.append((stream_id, None))

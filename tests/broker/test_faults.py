@@ -1,0 +1,158 @@
+"""The fault run: three brokers, three workers, and everything killed at random moments.
+
+More of it: TIDEGATE_FAULT_KILLS=200 TIDEGATE_FAULT_STREAMS=10000 TIDEGATE_FAULT_SEED=7 \
+    python -m pytest -s tests/broker/test_faults.py
+"""
+
+import asyncio
+import os
+import random
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.broker.harness import (
+    Bed,
+    Outcome,
+    Tail,
+    WorkerProcess,
+    assert_equal,
+    eventually,
+    in_background,
+    make_load,
+    outcome,
+    reference,
+)
+from worker.local import KafkaCluster, Valkey
+
+KILLS = int(os.environ.get("TIDEGATE_FAULT_KILLS", "30"))
+STREAMS = int(os.environ.get("TIDEGATE_FAULT_STREAMS", "2000"))
+SEED = int(os.environ.get("TIDEGATE_FAULT_SEED") or random.SystemRandom().randrange(1 << 32))
+BETWEEN_KILLS_S = 4.0  # on average
+WORKERS = 3
+QUIET_S = 90.0  # without a decision for so long the run has failed
+
+
+class Plan(NamedTuple):
+    """When what is killed, counted in kills of workers."""
+
+    broker_down: int
+    broker_up: int
+    cache_down: int
+    cache_up: int
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)  # noqa: T201
+
+
+@pytest.mark.timeout(600 + 20 * KILLS)
+async def test_every_segment_is_decided_once_whatever_is_killed(
+    kafka3: KafkaCluster, killable_valkey: Valkey, unique: str, tmp_path: Path
+) -> None:
+    """Workers, a broker and Redis die: every segment has one decision, that of a quiet run."""
+    rng = random.Random(SEED)
+    load = make_load(rng, STREAMS, open_at_once=150)
+    rate = len(load.records) / (KILLS * BETWEEN_KILLS_S)
+    _say(f"seed {SEED}: {STREAMS} streams, {len(load.records)} records, {rate:.0f}/s, {KILLS} kills")
+    bed = Bed(
+        kafka3.bootstrap_servers, unique, tmp_path, partitions=12, replication_factor=3,
+        score_ms=5, session_timeout_ms=6_000, heartbeat_interval_ms=1_000,
+        request_timeout_ms=5_000, transaction_timeout_ms=10_000, rewind_records=300,
+        redis_url=killable_valkey.url, cache_key="the key of the fault run", cache_entries=200,
+    )  # fmt: skip
+    start = time.monotonic()
+    async with bed, Tail(kafka3.bootstrap_servers, bed.settings.decisions_topic) as tail:
+        workers = [bed.start_worker() for _ in range(WORKERS)]
+        await workers[0].has_loaded(1)
+        async with in_background(bed.produce(load.records, per_second=rate)):
+            await _kill_all_over(rng, bed, workers, tail, kafka3, killable_valkey)
+        produced = time.monotonic()
+        _say(f"all is produced; {tail.finals} of {STREAMS} streams are decided")
+        await _decided(tail, STREAMS)
+        _say(f"all is decided, {time.monotonic() - produced:.1f} s later")
+        log = await bed.read(bed.settings.outputs_topic)
+        await eventually(lambda: _all_committed(bed, log), 30.0, "the offsets reach the log's end")
+        found = await outcome(bed)
+        _report(tail, found, start, produced, bed)
+        assert_equal(found, await reference(bed.settings, log))
+        assert len(found.dead_letters) >= load.unreadable
+
+
+async def _kill_all_over(
+    rng: random.Random, bed: Bed, workers: list[WorkerProcess], tail: Tail, kafka: KafkaCluster,
+    valkey: Valkey,
+) -> None:  # fmt: skip
+    """Kill workers at random moments, some respawned at once and some after their session ended."""
+    plan = Plan(KILLS // 3, KILLS // 3 + 3, KILLS // 2, KILLS * 2 // 3)
+    node = rng.choice(kafka.running)
+    respawns: list[asyncio.Task[None]] = []
+    for number in range(KILLS):
+        await asyncio.sleep(rng.expovariate(1 / BETWEEN_KILLS_S))
+        if number == plan.broker_down:
+            kafka.kill(node)
+            _say(f"broker {node} killed")
+        if number == plan.broker_up:
+            await asyncio.to_thread(kafka.restart, node)
+            _say(f"broker {node} restarted")
+        if number == plan.cache_down:
+            valkey.kill()
+            _say("valkey killed")
+        if number == plan.cache_up:
+            await asyncio.to_thread(valkey.restart)
+            _say("valkey restarted")
+        alive = [slot for slot, worker in enumerate(workers) if worker.running]
+        if not alive:
+            await asyncio.gather(*respawns)
+            alive = [slot for slot, worker in enumerate(workers) if worker.running]
+        slot = rng.choice(alive)
+        workers[slot].kill()
+        pause_s = rng.choice((0.0, rng.uniform(0, 2), rng.uniform(6, 9)))
+        _say(
+            f"kill {number + 1}: {workers[slot].log.stem}, back in {pause_s:.1f} s; "
+            f"{len(tail.records)} decisions, {tail.finals} streams"
+        )
+        respawns.append(asyncio.create_task(_respawn(bed, workers, slot, pause_s)))
+    await asyncio.gather(*respawns)
+
+
+async def _respawn(bed: Bed, workers: list[WorkerProcess], slot: int, pause_s: float) -> None:
+    await asyncio.sleep(pause_s)
+    workers[slot] = bed.start_worker()
+
+
+async def _decided(tail: Tail, streams: int) -> None:
+    """Return when all streams are decided. Raises AssertionError where nothing moves any more."""
+    while tail.finals < streams:
+        before = len(tail.records)
+        deadline = time.monotonic() + QUIET_S
+        while len(tail.records) == before:
+            assert time.monotonic() < deadline, f"{tail.finals} of {streams} streams decided"
+            await asyncio.sleep(0.1)
+
+
+async def _all_committed(bed: Bed, log: list[object]) -> bool:
+    """Whether nothing is needed any more: every offset is at its partition's end."""
+    ends: dict[int, int] = {}
+    for record in log:
+        ends[record.partition] = record.offset + 1  # type: ignore[attr-defined]  # untyped record
+    return await bed.committed() == ends
+
+
+def _report(tail: Tail, found: Outcome, start: float, produced: float, bed: Bed) -> None:
+    arrived = [at for at in tail.arrived if at <= produced]
+    gaps = [b - a for a, b in zip(arrived, arrived[1:], strict=False)]
+    by_partition: dict[int, list[float]] = {}
+    for record, at in zip(tail.records, tail.arrived, strict=True):
+        by_partition.setdefault(record.partition, []).append(at)
+    worst = max(b - a for ats in by_partition.values() for a, b in zip(ats, ats[1:], strict=False))
+    lost = sum(len(worker.events("lane.lost")) for worker in bed.workers)
+    verdicts = [d["verdict"] for made in found.decisions.values() for d in made]
+    _say(
+        f"{len(found.decisions)} streams, {found.segments} segments, {len(found.dead_letters)} dead "
+        f"letters, {verdicts.count('block')} blocked, {verdicts.count('revise')} revised; "
+        f"{KILLS} kills in {time.monotonic() - start:.0f} s; no decision for at most "
+        f"{max(gaps):.1f} s, in one partition {worst:.1f} s; {lost} lanes lost"
+    )
