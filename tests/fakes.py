@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,10 +191,10 @@ def delta_records(
 
 
 async def decide_records(
-    settings: Settings, records: Sequence[bytes | None], detector: Detector | None = None,
+    settings: Settings, records: Iterable[bytes | None], detector: Detector | None = None,
     on_decision: Callable[[Decision], None] = lambda _: None,
 ) -> dict[str, list[Decision]]:  # fmt: skip
-    """The decisions of each stream when one lane is fed these records."""
+    """The decisions of each stream when one lane is fed these records, one after the other."""
     decided: dict[str, list[Decision]] = {}
     async with Pipeline(settings, [detector or RowDetector()]) as pipeline:
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from detectors.harms import COLUMNS
 from detectors.protocol import Detector, Encoded, Passage
 from worker.errors import DetectorError
 
@@ -38,6 +39,9 @@ def score(
     except Exception as error:
         msg = f"scoring failed: {type(error).__name__}"
         raise DetectorError(msg) from error
+    for detector, matrix in zip(detectors, matrices, strict=True):
+        if matrix.shape != (len(batch), len(COLUMNS)):
+            raise DetectorError(f"{detector.name} gave {matrix.shape} scores for {len(batch)} rows")
     stacked = np.stack(matrices)  # (D, B, 7)
     stacked = np.where((stacked >= 0.0) & (stacked <= 1.0), stacked, np.nan)
     highest = stacked.max(axis=0)  # (B, 7); NaN wins

@@ -11,7 +11,7 @@ from tests.lanes import Drive, essence, interleaved, settings
 KILL_SHARE = 0.1
 
 
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 10**6),
     lookahead=st.integers(0, 2),

@@ -1,0 +1,257 @@
+"""pipeline.py: what a failing detector, a slow one, or a wrong score does to a segment."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from detectors.constant import Constant
+from detectors.harms import THRESHOLD_KEYS
+from detectors.protocol import Encoded, FloatArray, Passage
+from tests.lanes import delta
+from worker.events import Decision
+from worker.pipeline import Pipeline
+from worker.settings import Settings, TenantPolicy
+
+TEXT = "A harmless sentence that is long enough to be judged by a model."
+HOLD_MS = 300
+
+
+class Scripted(Constant):
+    """Calls `script` with the batch; what it returns, or raises, is the score."""
+
+    def __init__(self, script: Callable[[Sequence[Encoded]], FloatArray]) -> None:
+        super().__init__()
+        self.script = script
+        self.batches: list[int] = []
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        self.batches.append(len(batch))
+        return self.script(batch)
+
+
+def fine(batch: Sequence[Encoded]) -> FloatArray:
+    return np.full((len(batch), 7), 0.01)
+
+
+async def decide(
+    detector: Constant, *values: bytes, policy: TenantPolicy | None = None, **overrides: object
+) -> list[Decision]:
+    """The decisions on these records, when all their streams have ended."""
+    chosen = Settings(
+        hold_timeout_ms=HOLD_MS, tenants={"default": policy or TenantPolicy()},
+        **overrides,  # type: ignore[arg-type]  # checked by pydantic
+    )  # fmt: skip
+    async with Pipeline(chosen, [detector]) as pipeline:
+        lane = pipeline.lane("in", 0)
+        decisions: list[Decision] = []
+        for offset, value in enumerate(values):
+            pipeline.submit(lane, lane.feed(offset, 0, None, value, pipeline.clock(), 0))
+        while lane.open_streams:
+            await asyncio.sleep(0.005)
+        output = lane.take(pipeline.clock(), drain=True)
+        if output is not None:
+            decisions += output.decisions
+        assert pipeline.waiting == 0
+        return decisions
+
+
+async def test_a_detector_that_raises_blocks_as_unavailable_at_the_deadline() -> None:
+    """The text stays held while it is tried again; doubt never reads as allow."""
+
+    def broken(batch: Sequence[Encoded]) -> FloatArray:
+        raise RuntimeError("no")
+
+    detector = Scripted(broken)
+    start = time.monotonic()
+    (decision,) = await decide(detector, delta("s", 0, TEXT, True))
+    assert (decision.verdict, decision.reason, decision.released_to) == ("block", "unavailable", 0)
+    assert time.monotonic() - start >= HOLD_MS / 1e3
+    assert len(detector.batches) > 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -0.5, 1.5, float("inf")])
+async def test_a_wrong_score_blocks_as_unavailable(bad: float) -> None:
+    """NaN is below every threshold, and must not pass for that."""
+
+    def wrong(batch: Sequence[Encoded]) -> FloatArray:
+        scores = fine(batch)
+        scores[:, 2] = bad
+        return scores
+
+    (decision,) = await decide(Scripted(wrong), delta("s", 0, TEXT, True))
+    assert (decision.verdict, decision.reason) == ("block", "unavailable")
+
+
+async def test_a_matrix_of_the_wrong_shape_blocks() -> None:
+    """A detector that returns fewer rows or columns has failed."""
+    for shape in ((0, 7), (1, 6)):
+        (decision,) = await decide(
+            Scripted(lambda batch, shape=shape: np.full(shape, 0.01)), delta("s", 0, TEXT, True)
+        )
+        assert (decision.verdict, decision.reason) == ("block", "unavailable")
+
+
+async def test_a_detector_that_hangs_blocks_at_the_deadline() -> None:
+    """A timeout is a failure; a later answer changes nothing."""
+    release = threading.Event()
+
+    def hanging(batch: Sequence[Encoded]) -> FloatArray:
+        release.wait(5)
+        return fine(batch)
+
+    try:
+        (decision,) = await decide(Scripted(hanging), delta("s", 0, TEXT, True))
+    finally:
+        release.set()
+    assert (decision.verdict, decision.reason) == ("block", "unavailable")
+
+
+async def test_fail_mode_open_lets_doubt_pass_and_says_so() -> None:
+    """Only where the tenant chose it, and the decision names it."""
+
+    def broken(batch: Sequence[Encoded]) -> FloatArray:
+        raise RuntimeError("no")
+
+    policy = TenantPolicy(fail_mode=dict.fromkeys(THRESHOLD_KEYS, "open"))
+    (decision,) = await decide(Scripted(broken), delta("s", 0, TEXT, True), policy=policy)
+    assert decision.verdict == "allow"
+    assert "fail_mode open" in decision.reason
+
+
+async def test_a_short_failure_costs_time_only() -> None:
+    """Retry is the fate of transient failures."""
+    failures = iter([True, True])
+
+    def flaky(batch: Sequence[Encoded]) -> FloatArray:
+        if next(failures, False):
+            raise RuntimeError("not yet")
+        return fine(batch)
+
+    (decision,) = await decide(Scripted(flaky), delta("s", 0, TEXT, True))
+    assert (decision.verdict, decision.stage) == ("allow", "toxicity")
+
+
+async def test_one_poisonous_text_does_not_take_others_down() -> None:
+    """A text on which a detector raises is tried alone; its neighbours pass."""
+    poison = "x" * 4_000
+
+    def picky(batch: Sequence[Encoded]) -> FloatArray:
+        if any(row.tokens > 90 for row in batch):
+            raise RuntimeError("too long for me")
+        return fine(batch)
+
+    decisions = await decide(
+        Scripted(picky),
+        *(delta(f"s{n}", 0, f"{TEXT} {n}", True) for n in range(8)),
+        delta("poison", 0, poison, True),
+        max_segment_chars=400,
+    )
+    verdicts = {it.stream_id: it.verdict for it in decisions}
+    assert verdicts.pop("poison") == "block"
+    assert set(verdicts.values()) == {"allow"}
+
+
+async def test_an_encoder_that_raises_blocks_too() -> None:
+    """The tokenizer is a detector's part: its failure is no pass either."""
+
+    class Unreadable(Constant):
+        def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+            raise ValueError("cannot")
+
+    (decision,) = await decide(Unreadable(), delta("s", 0, TEXT, True))
+    assert (decision.verdict, decision.reason) == ("block", "unavailable")
+
+
+async def test_very_short_text_is_judged_by_keywords_alone() -> None:
+    """Stage `short`, scores 0, no model."""
+    detector = Scripted(fine)
+    (decision,) = await decide(detector, delta("s", 0, "Sure.", True))
+    assert (decision.stage, decision.verdict, decision.harmful) == ("short", "allow", 0.0)
+    assert set(decision.scores.values()) == {0.0}
+    assert detector.batches == []
+
+
+async def test_a_short_end_of_a_long_text_is_judged_by_the_models() -> None:
+    """It is short on its own, but is read with what stands before it."""
+    decisions = await decide(
+        Scripted(fine), delta("s", 0, "A first sentence of some length here. " * 4 + "Yes", True)
+    )
+    assert decisions[-1].end - decisions[-1].start < 10 or len(decisions) == 1
+    assert {it.stage for it in decisions} == {"toxicity"}
+
+
+async def test_scores_are_reused_for_equal_text_in_equal_context_only() -> None:
+    """Stage `cache`: same text, tenant and conversation; another conversation is judged anew."""
+    detector = Scripted(fine)
+    hello = [{"role": "user", "content": "hello"}]
+    decisions = []
+    async with Pipeline(Settings(), [detector]) as pipeline:
+        lane = pipeline.lane("in", 0)
+        for offset, context in enumerate(([], [], hello, hello)):
+            value = delta(f"s{offset}", 0, TEXT, True, context=context)
+            pipeline.submit(lane, lane.feed(offset, 0, None, value, pipeline.clock(), 0))
+            while lane.open_streams:
+                await asyncio.sleep(0.005)
+            output = lane.take(pipeline.clock(), drain=True)
+            assert output is not None
+            decisions += output.decisions
+    assert [it.stage for it in decisions] == ["toxicity", "cache", "toxicity", "cache"]
+    assert decisions[0].scores == decisions[1].scores
+
+
+async def test_a_keyword_blocks_without_a_model(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Stage `keyword`: 1 for its harm and for `harmful`, over a segment border too."""
+    path = tmp_path_factory.mktemp("lists") / "keywords.toml"
+    path.write_text('[violence]\nblock = ["grumblefex"]\n')
+    detector = Scripted(fine)
+    (decision,) = await decide(
+        detector, delta("s", 0, "You GRU\u200bMBLEF3X, you.", True), keywords_file=path
+    )
+    assert (decision.verdict, decision.stage, decision.harm) == ("block", "keyword", "violence")
+    assert (decision.scores["violence"], decision.harmful) == (1.0, 1.0)
+    assert detector.batches == []
+    endless = "x" * 396 + " " + "grumblefex " * 2
+    decisions = await decide(detector, delta("s", 0, endless, True), keywords_file=path)
+    assert decisions[-1].verdict == "block"
+
+
+async def test_a_keyword_that_does_not_block_leaves_the_models_the_last_word(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Flagged by keyword, blocked by the model: the graver counts."""
+    path = tmp_path_factory.mktemp("lists") / "keywords.toml"
+    path.write_text('[violence]\nblock = ["grumblefex"]\n')
+
+    def hateful(batch: Sequence[Encoded]) -> FloatArray:
+        scores = fine(batch)
+        scores[:, 1] = 0.99
+        return scores
+
+    policy = TenantPolicy(actions={"violence": "flag"})
+    (decision,) = await decide(
+        Scripted(hateful), delta("s", 0, "You grumblefex, I say to you.", True),
+        policy=policy, keywords_file=path,
+    )  # fmt: skip
+    assert (decision.verdict, decision.harm) == ("block", "hate_speech")
+    assert decision.scores["violence"] == 1.0
+
+
+async def test_segments_of_a_blocked_stream_are_not_scored_any_more() -> None:
+    """Inference is not spent on what nobody waits for."""
+
+    def first_is_bad(batch: Sequence[Encoded]) -> FloatArray:
+        scores = fine(batch)
+        scores[:, 0] = 0.99
+        return scores
+
+    detector = Scripted(first_is_bad)
+    text = "A sentence of some thirty letters. " * 200
+    decisions = await decide(
+        detector, delta("s", 0, text, True), infer_threads=1, max_batch_tokens=1
+    )
+    assert [it.verdict for it in decisions] == ["block"]
+    assert sum(detector.batches) < 10

@@ -1,0 +1,280 @@
+"""The whole system on this machine: Kafka, Valkey, workers, a gate, and sample conversations.
+
+services -> topics -> workers -> gate <- samples, token by token; what happens -> screen.py
+"""
+
+import asyncio
+import contextlib
+import inspect
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from rich.console import Console
+
+from worker.errors import Stop
+from worker.gate import Gate
+from worker.guarded import GateError
+from worker.local import LocalServices, _Guard, _tail, local_services, prepare_kafka
+from worker.screen import Board, Sample, Show, View, view_for
+from worker.settings import DEFAULT_FILE, HERE, Settings
+from worker.topics import desired_topics, ensure_topics
+
+SAMPLES = Path(__file__).with_name("samples.jsonl")
+_WORKERS = 2
+_PINS = 4  # of the gate, so that the streams meet both workers
+_TOKEN_S = 0.035  # about 170 characters a second
+_TICK_S = 0.08
+_READY_S = 60.0  # for the workers to take their partitions
+_LEAVE_S = 6.0  # for them to drain and leave
+
+
+def read_samples(file: Path = SAMPLES) -> list[Sample]:
+    """The sample conversations, in the order in which they are played."""
+    decoder = msgspec.json.Decoder(Sample)
+    return [decoder.decode(line) for line in file.read_bytes().splitlines() if line.strip()]
+
+
+def prepare(settings: Settings, view: View) -> None:
+    """Fetch what is fetched once. Before the event loop: Ctrl-C then ends it at once."""
+    if _named(settings, "bootstrap_servers") is None:
+        prepare_kafka(_throttled(view.progress))
+
+
+async def play(
+    settings: Settings, config: Path | None, board: Board, view: View, keep_running: Callable[[str], None] | None,
+) -> None:  # fmt: skip
+    """Start everything, play all samples, stop everything. Raises Stop.
+
+    keep_running: told how to feed the system when the samples are over; it then stays up until
+    this is cancelled.
+    """
+    view.progress("starting Valkey and Apache Kafka")
+    async with local_services(
+        bootstrap_servers=_named(settings, "bootstrap_servers"),
+        redis_url=_named(settings, "redis_url"), progress=_throttled(view.progress),
+    ) as services:  # fmt: skip
+        settings = settings.model_copy(update={"bootstrap_servers": services.bootstrap_servers})
+        view.progress("creating topics")
+        count = await _create_topics(settings)
+        view.progress(f"starting {_WORKERS} workers")
+        async with _workers(config, services) as crew:
+            board.workers = await crew.ready(count)
+            async with Gate(settings, partitions=_PINS) as gate:
+                view.begin()
+                await _play_all(gate, board, view, crew)
+            view.finish()
+            if keep_running is not None:
+                keep_running(services.bootstrap_servers)
+                await crew.watch()
+
+
+def _named(settings: Settings, name: str) -> str | None:
+    """A server's address where somebody has set one, in the file or in the environment."""
+    value = getattr(settings, name) if name in settings.model_fields_set else None
+    return value.get_secret_value() if hasattr(value, "get_secret_value") else value
+
+
+def _throttled(progress: Callable[[str], None]) -> Callable[[str], None]:
+    """Of 45 fetched jars every fifteenth is news."""
+    fetched = re.compile(r"fetched (\d+) of")
+
+    def tell(what: str) -> None:
+        match = fetched.match(what)
+        if match is None or int(match[1]) % 15 == 0:
+            progress(what)
+
+    return tell
+
+
+async def _create_topics(settings: Settings) -> int:
+    """The number of partitions."""
+    from aiokafka.admin import AIOKafkaAdminClient
+
+    from worker.publish import client_settings
+
+    admin = AIOKafkaAdminClient(**client_settings(settings))
+    await admin.start()
+    try:
+        report = await ensure_topics(
+            admin, desired_topics(settings), settings.partitions, settings.replication_factor
+        )
+    finally:
+        await admin.close()
+    return report.partitions
+
+
+# -- workers --------------------------------------------------------------------------------------
+
+
+def _start(spec: str) -> None:
+    """Runs in the worker's process: become `tidegate run` in the folder that we were called from."""
+    import json
+    import os
+    import sys
+
+    told = json.loads(spec)
+    os.environ.update(told["environment"])
+    os.chdir(told["folder"])
+    sys.path.insert(0, told["code"])
+    sys.argv = ["tidegate", "run", *told["arguments"]]
+    from worker.cli import main
+
+    main()
+
+
+class Crew:
+    """The demo's workers, each a `tidegate run` of its own."""
+
+    def __init__(self, guard: _Guard, command: Sequence[str]) -> None:
+        self._logs = [guard.directory / f"worker-{n + 1}.log" for n in range(_WORKERS)]
+        self._processes = [guard.spawn(command, log) for log in self._logs]
+
+    def check(self) -> None:
+        """Raise Stop where a worker has ended."""
+        for process, log in zip(self._processes, self._logs, strict=True):
+            if process.poll() is not None:
+                raise Stop(f"a worker ended with exit code {process.returncode}:\n{_tail(log)}")
+
+    async def ready(self, count: int) -> list[list[int]]:
+        """The partitions of each worker, once all `count` are taken."""
+        deadline = time.monotonic() + _READY_S
+        while True:
+            owned = [_partitions(log) for log in self._logs]
+            if sum(map(len, owned)) == count and (all(owned) or count < len(owned)):
+                return owned
+            self.check()
+            if time.monotonic() > deadline:
+                tails = "\n".join(map(_tail, self._logs))
+                raise Stop(f"the workers are not ready after {_READY_S:.0f} s:\n{tails}")
+            await asyncio.sleep(0.05)
+
+    async def watch(self) -> None:
+        """For ever, until one ends."""
+        while True:
+            self.check()
+            await asyncio.sleep(0.5)
+
+    async def leave(self) -> None:
+        """Have them drain and leave their group; who does not is killed with the guard."""
+        for process in self._processes:
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + _LEAVE_S
+        while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def _workers(config: Path | None, services: LocalServices) -> AsyncIterator[Crew]:
+    """The workers, in a guard: they end with us, in whatever way we do."""
+    file = config or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
+    environment = {"TIDEGATE_LOG_LEVEL": "INFO"}  # `ready` reads their logs
+    if services.kafka is not None:
+        environment["TIDEGATE_BOOTSTRAP_SERVERS"] = services.bootstrap_servers
+    if services.valkey is not None:
+        environment["TIDEGATE_REDIS_URL"] = services.redis_url
+    spec = {
+        "environment": environment, "folder": str(Path.cwd()), "code": str(HERE),
+        "arguments": ["--config", str(file.absolute())] if file else [],
+    }  # fmt: skip
+    source = f"{inspect.getsource(_start)}\n_start({json.dumps(spec)!r})"
+    guard = _Guard("workers", None)
+    try:
+        crew = Crew(guard, [sys.executable, "-c", source])
+        yield crew
+        await crew.leave()
+    except asyncio.CancelledError:
+        await crew.leave()
+        raise
+    finally:
+        guard.close()
+
+
+def _partitions(log: Path) -> list[int]:
+    """The partitions that a worker was assigned last, if it has loaded all of them; else none."""
+    assigned: list[int] = []
+    loaded: set[int] = set()
+    for event in _events(log):
+        if event.get("event") == "partitions.assigned":
+            assigned = event["partitions"]
+        elif event.get("event") == "lane.loaded":
+            loaded.add(event["partition"])
+    return assigned if loaded.issuperset(assigned) else []
+
+
+def _events(log: Path) -> Iterator[dict[str, Any]]:
+    if not log.exists():
+        return
+    for line in log.read_text("utf-8", "replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if line.startswith("{"):
+                yield json.loads(line)
+
+
+# -- streams --------------------------------------------------------------------------------------
+
+
+async def _play_all(gate: Gate, board: Board, view: View, crew: Crew) -> None:
+    """All samples, as many at once as the view has room for."""
+    waiting, run = iter(board.shows), uuid.uuid4().hex[:8]
+
+    async def lane() -> None:
+        for show in waiting:
+            await _play_one(gate, show, view, run)
+
+    async def look() -> None:
+        while True:
+            crew.check()
+            view.tick()
+            await asyncio.sleep(_TICK_S)
+
+    async with asyncio.TaskGroup() as tasks:
+        looking = tasks.create_task(look())
+        lanes = [tasks.create_task(lane()) for _ in range(view.panels)]
+        await asyncio.gather(*lanes)
+        looking.cancel()
+
+
+async def _play_one(gate: Gate, show: Show, view: View, run: str) -> None:
+    """One sample through the gate; what can be seen of it goes to the view."""
+    sample = show.sample
+
+    def decided(decision: Any) -> None:
+        show.decided(decision)
+        view.decided(show)
+
+    show.guarded = gate.guard(
+        _model(show), context=[(turn.role, turn.content) for turn in sample.context],
+        stream_id=f"demo-{run}/{sample.name}", on_decision=decided,
+    )  # fmt: skip
+    view.opened(show)
+    try:
+        async for piece in show.guarded:
+            show.shown += piece
+            view.released(show, piece)
+    except GateError as error:
+        show.error = str(error)
+    show.done = True
+    await asyncio.sleep(view.linger_s)
+    view.ended(show)
+
+
+async def _model(show: Show) -> AsyncIterator[str]:
+    """The sample's text as a model would send it: word by word, not quite evenly."""
+    pace, length = random.Random(show.sample.name), 0
+    for token in re.findall(r"\s*\S+|\s+$", show.sample.text):
+        length += len(token)
+        show.generated(length)
+        yield token
+        await asyncio.sleep(_TOKEN_S * pace.uniform(0.4, 1.6))
+    show.generated(length)
