@@ -50,11 +50,15 @@ class HashDetector:
 
 
 class StuckDetector(HashDetector):
-    """Holds the interpreter's lock for seconds, so that the event loop stands still."""
+    """Blocks the event loop, from which the worker made it, with its first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
 
     def score(self, batch: Sequence[Encoded]) -> FloatArray:
-        """As HashDetector, but long after."""
-        _hold_the_lock()
+        """As HashDetector; but nobody will hear of it."""
+        self._loop.call_soon_threadsafe(time.sleep, 60)
         return super().score(batch)
 
 
@@ -82,11 +86,6 @@ class MarkerDetector(HashDetector):
 def _marked(passage: Passage) -> Encoded:
     ids = np.array([MARKER in passage.text], dtype=np.int64)
     return Encoded((Window(ids, np.zeros_like(ids)),), tokens=1, text_tokens=1)
-
-
-def _hold_the_lock() -> None:
-    """One call into C that takes about half a minute and lets nobody else run."""
-    sum(range(2_000_000_000))
 
 
 def _digested(passage: Passage) -> Encoded:

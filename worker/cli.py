@@ -132,5 +132,32 @@ async def _topics(settings: Settings) -> None:
     _err.print(f"{report.partitions} partitions; next: `tidegate run`")
 
 
+@app.command()
+def demo(
+    config: Config = None,
+    keep_running: Annotated[
+        bool, typer.Option("--keep-running", help="Leave the system up until Ctrl-C.")
+    ] = False,
+) -> None:
+    """The whole system on this machine: Kafka, Valkey, workers, sample conversations, live."""
+    from worker import demo, screen
+
+    settings = settings_module.load(config)
+    configure_logs("ERROR")
+    console = Console(highlight=False)
+    board = screen.Board(demo.read_samples())
+    view = screen.view_for(console, board)
+    guide = (lambda servers: console.print(demo.guide(servers))) if keep_running else None
+    try:
+        demo.prepare(settings, view)
+        run_loop(demo.play(settings, config, board, view, guide))
+    except ModuleNotFoundError as error:
+        raise Stop(f"{error}: the demo's servers come with pip install 'tidegate[local]'") from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(0 if keep_running and board.over else 130)
+    finally:
+        view.close()
+
+
 if __name__ == "__main__":
     main()

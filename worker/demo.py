@@ -7,26 +7,25 @@ import asyncio
 import contextlib
 import inspect
 import json
-import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-from rich.console import Console
+from pydantic import SecretStr
+from rich.text import Text
 
 from worker.errors import Stop
 from worker.gate import Gate
 from worker.guarded import GateError
 from worker.local import LocalServices, _Guard, _tail, local_services, prepare_kafka
-from worker.screen import Board, Sample, Show, View, view_for
+from worker.screen import Board, Sample, Show, View
 from worker.settings import DEFAULT_FILE, HERE, Settings
 from worker.topics import desired_topics, ensure_topics
 
@@ -52,13 +51,17 @@ def prepare(settings: Settings, view: View) -> None:
 
 
 async def play(
-    settings: Settings, config: Path | None, board: Board, view: View, keep_running: Callable[[str], None] | None,
+    settings: Settings, config: Path | None, board: Board, view: View,
+    keep_running: Callable[[str], None] | None = None,
 ) -> None:  # fmt: skip
     """Start everything, play all samples, stop everything. Raises Stop.
 
     keep_running: told how to feed the system when the samples are over; it then stays up until
     this is cancelled.
     """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    for name in (signal.SIGTERM, signal.SIGHUP):  # Ctrl-C does so by itself
+        loop.add_signal_handler(name, lambda: task and task.cancel())
     view.progress("starting Valkey and Apache Kafka")
     async with local_services(
         bootstrap_servers=_named(settings, "bootstrap_servers"),
@@ -79,10 +82,46 @@ async def play(
                 await crew.watch()
 
 
+_GUIDE = """
+The system stays up until Ctrl-C. In another terminal:
+
+  export TIDEGATE_BOOTSTRAP_SERVERS={servers}
+  {python} - <<'END'
+  import asyncio
+  from worker.gate import Gate
+  from worker.settings import load
+
+  async def tokens():
+      for word in "Hello there, how can I help you today?".split(" "):
+          yield word + " "
+
+  async def main():
+      async with Gate(load()) as gate:
+          guarded = gate.guard(tokens(), context=[("user", "Hi!")])
+          async for piece in guarded:
+              print(piece)
+          print(guarded.verdict, guarded.decision)
+
+  asyncio.run(main())
+  END
+
+Without a broker:
+
+  echo '{{"stream_id": "a", "seq": 0, "delta": "Hello there.", "final": true}}' | tidegate moderate
+"""
+
+
+def guide(bootstrap_servers: str) -> Text:
+    """How to feed the system while it stays up."""
+    return Text(_GUIDE.format(servers=bootstrap_servers, python=sys.executable))
+
+
 def _named(settings: Settings, name: str) -> str | None:
     """A server's address where somebody has set one, in the file or in the environment."""
-    value = getattr(settings, name) if name in settings.model_fields_set else None
-    return value.get_secret_value() if hasattr(value, "get_secret_value") else value
+    if name not in settings.model_fields_set:
+        return None
+    value = getattr(settings, name)
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 def _throttled(progress: Callable[[str], None]) -> Callable[[str], None]:
@@ -118,7 +157,7 @@ async def _create_topics(settings: Settings) -> int:
 
 
 def _start(spec: str) -> None:
-    """Runs in the worker's process: become `tidegate run` in the folder that we were called from."""
+    """Runs in the worker's process: become `tidegate run`, in the folder where the demo is."""
     import json
     import os
     import sys
@@ -170,7 +209,9 @@ class Crew:
         for process in self._processes:
             process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + _LEAVE_S
-        while any(p.poll() is None for p in self._processes) and time.monotonic() < deadline:
+        while any(process.poll() is None for process in self._processes):  # noqa: ASYNC110
+            if time.monotonic() > deadline:
+                return
             await asyncio.sleep(0.02)
 
 
@@ -271,7 +312,7 @@ async def _play_one(gate: Gate, show: Show, view: View, run: str) -> None:
 
 async def _model(show: Show) -> AsyncIterator[str]:
     """The sample's text as a model would send it: word by word, not quite evenly."""
-    pace, length = random.Random(show.sample.name), 0
+    pace, length = random.Random(show.sample.name), 0  # noqa: S311 - the same each time
     for token in re.findall(r"\s*\S+|\s+$", show.sample.text):
         length += len(token)
         show.generated(length)

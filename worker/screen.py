@@ -114,7 +114,13 @@ class Board:
 
     @property
     def finished(self) -> list[Show]:
+        """Those that have their verdict."""
         return [show for show in self.shows if show.done]
+
+    @property
+    def over(self) -> bool:
+        """Whether every sample was played."""
+        return all(show.done for show in self.shows)
 
     def counts(self) -> str:
         """One line of figures."""
@@ -161,10 +167,21 @@ class View(Protocol):
         """The system is up; streams follow."""
         ...
 
-    def opened(self, show: Show) -> None: ...
-    def released(self, show: Show, piece: str) -> None: ...
-    def decided(self, show: Show) -> None: ...
-    def ended(self, show: Show) -> None: ...
+    def opened(self, show: Show) -> None:
+        """The model starts to answer."""
+        ...
+
+    def released(self, show: Show, piece: str) -> None:
+        """The piece may be shown."""
+        ...
+
+    def decided(self, show: Show) -> None:
+        """Its last decision is new."""
+        ...
+
+    def ended(self, show: Show) -> None:
+        """It has its verdict, and was on the screen long enough."""
+        ...
 
     def tick(self) -> None:
         """Time for another look."""
@@ -186,11 +203,11 @@ def view_for(console: Console, board: Board) -> View:
         and not console.is_dumb_terminal
         and console.height >= _PANEL_LINES + _AROUND
     ):
-        return LiveView(console, board)
-    return PlainView(console, board)
+        return _Panels(console, board)
+    return _Lines(console, board)
 
 
-class LiveView:
+class _Panels:
     """Panels for the streams under way, the latest results, the figures."""
 
     linger_s = 1.1
@@ -317,13 +334,14 @@ def _why(decision: Decision) -> str:
 
 def _figures(show: Show) -> str:
     """Highest scores of the stream's segments."""
-    highest: Counter[str] = Counter()
+    highest: dict[str, float] = {}
     for decision in show.decisions:
         for harm, score in decision.scores.items():
-            highest[harm] = max(highest[harm], score)
+            highest[harm] = max(highest.get(harm, 0.0), score)
     harmful = max((d.harmful or 0.0 for d in show.decisions), default=0.0)
     parts = [f"harmful {harmful:.2f}"]
-    parts += [f"{harm.replace('_', ' ')} {score:.2f}" for harm, score in highest.most_common(1)]
+    for harm in sorted(highest, key=lambda name: -highest[name])[:1]:
+        parts.append(f"{harm.replace('_', ' ')} {highest[harm]:.2f}")
     return ", ".join(parts)
 
 
@@ -358,7 +376,7 @@ def _summary(board: Board) -> RenderableType:
     return Group(table, Text(board.counts()), Text(board.spread()))
 
 
-class PlainView:
+class _Lines:
     """One line an event, for pipes and logs."""
 
     panels = 3
