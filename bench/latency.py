@@ -65,7 +65,7 @@ async def read(
         now = time.monotonic()
         for records in batches.values():
             for record in records:
-                decision = json.loads(record.value)
+                decision = json.loads(record.value or b"{}")
                 at = sent.get((decision["stream_id"], decision["seq"]))
                 if at is not None and now - begin > skip:
                     found.append((now - at) * 1e3)

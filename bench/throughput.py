@@ -95,7 +95,7 @@ async def one_run(settings: Settings, partitions: int, deltas: int, words: int, 
         while finals < streams:
             for records in (await reader.getmany(timeout_ms=200)).values():
                 decisions += len(records)
-                finals += sum(b'"final":true' in record.value for record in records)
+                finals += sum(b'"final":true' in (record.value or b"") for record in records)
                 if not first and finals >= streams / 10:
                     first, cpu_first = time.monotonic(), sum(process.cpu_times()[:2])
                     before = decisions

@@ -24,7 +24,7 @@ from training.model import load
 from training.rows import Parts, Row
 from training.windows import judged
 
-_A_SOURCE: Final = {"calibrate": 40, "report": 40, "unseen": 150}  # rows of each source, at most
+_A_SOURCE: Final = {"calibrate": 40, "report": 40, "unseen": 120}  # rows of each source, at most
 _HARMLESS_A_SOURCE: Final = 80  # and of each source of long harmless replies
 _PARITY_ROWS: Final = 200
 _SEED: Final = 1

@@ -182,9 +182,11 @@ def delta_records(
     """The pieces as records of one stream, the last of them final. first: fields of the first."""
     records = []
     for seq, piece in enumerate(pieces):
-        fields = {"stream_id": stream_id, "seq": seq, "delta": piece, "final": seq == len(pieces) - 1}
+        final = seq == len(pieces) - 1
+        fields = {"stream_id": stream_id, "seq": seq, "delta": piece, "final": final}
         halves = any("\ud800" <= char <= "\udfff" for char in piece)
-        written = json.dumps(fields | (first if seq == 0 else {}), ensure_ascii=ascii_only or halves)
+        fields |= first if seq == 0 else {}
+        written = json.dumps(fields, ensure_ascii=ascii_only or halves)
         records.append(written.encode())
     return records
 

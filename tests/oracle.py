@@ -151,7 +151,7 @@ def expect(
 ) -> list[Expected]:
     """Every decision of the stream, in order."""
     bounds = segment_bounds(text, rules.min_chars, rules.max_chars)
-    rows = [window_row(text, bounds, index, rules, score, conversation) for index in range(len(bounds))]
+    rows = [window_row(text, bounds, i, rules, score, conversation) for i in range(len(bounds))]
     decisions: list[Expected] = []
     released_to, shown, revised = 0, 0, False
     for index, (start, end) in enumerate(bounds):
@@ -189,7 +189,7 @@ def window_row(
 
 
 def row_with_lookahead(rows: Sequence[Row], index: int, rules: Rules) -> Row:
-    """The highest score per harm of the windows that the segment lies in, as far as they are awaited."""
+    """The highest score per harm of the awaited windows that the segment lies in."""
     reach = min(rules.lookahead_segments, rules.context_segments)
     windows = rows[index : index + reach + 1]
     return tuple(max(column) for column in zip(*windows, strict=True))
@@ -205,7 +205,7 @@ def verdict_of(row: Row, actions: Mapping[str, str]) -> tuple[str, str | None]:
     if len(over) > 1:
         over.pop("other", None)
     for action in ("block", "revise", "flag"):
-        acting = {harm: above for harm, above in over.items() if actions.get(harm, "block") == action}
+        acting = {it: above for it, above in over.items() if actions.get(it, "block") == action}
         if acting:
             harm = max(acting, key=lambda name: acting[name])
             return ("allow" if action == "flag" else action), harm

@@ -159,5 +159,27 @@ def demo(
         view.close()
 
 
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Which. Default: all.")] = None,
+) -> None:
+    """The benchmarks, peers beside ours in one run. Each ends with one JSON line."""
+    import runpy
+    from pkgutil import iter_modules
+
+    import bench as benches
+
+    known = sorted(
+        module.name for module in iter_modules(benches.__path__)
+        if module.name not in {"report", "texts"}
+    )  # fmt: skip
+    for name in names or known:
+        if name not in known:
+            raise Stop(f"no benchmark {name!r}; there are: {', '.join(known)}")
+    sys.argv = sys.argv[:1]
+    for name in names or known:
+        runpy.run_module(f"bench.{name}", run_name="__main__")
+
+
 if __name__ == "__main__":
     main()

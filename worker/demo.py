@@ -209,7 +209,7 @@ class Crew:
         for process in self._processes:
             process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + _LEAVE_S
-        while any(process.poll() is None for process in self._processes):  # noqa: ASYNC110
+        while any(process.poll() is None for process in self._processes):
             if time.monotonic() > deadline:
                 return
             await asyncio.sleep(0.02)

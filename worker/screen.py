@@ -273,7 +273,7 @@ class _Panels:
         rows: list[RenderableType] = [_LEGEND]
         rows += [_panel(show, self._console.width) for show in self._slots]
         rows += [_result_line(show, self._console.width) for show in latest]
-        rows += [Text("")] * (4 - len(latest))
+        rows += [Text("")] * (5 - len(latest))
         rows += [_cropped(self._board.counts()), _cropped(self._board.spread())]
         return Group(*rows)
 
@@ -309,9 +309,9 @@ def _state(show: Show) -> str:
         if not show.decisions:
             return "[bright_black]held: its first segment is not complete[/]"
         last = show.decisions[-1]
-        return f"[cyan]segment {last.segment + 1} released[/] [bright_black]{_figures(show)}[/]"
+        return f"[cyan]segment {last.segment + 1} released[/] [bright_black]· {_figures(show)}[/]"
     if show.verdict == "allow":
-        return f"[green]✔ allowed[/] [bright_black]{_figures(show)}[/]{_opinion(show)}"
+        return f"[green]✔ allowed[/] [bright_black]· {_figures(show)}[/]{_opinion(show)}"
     if show.stopped:
         return (
             f"[red]✖ {_SAID[show.verdict]}: {escape(_why(show.decisions[-1]))}[/]{_opinion(show)}"
@@ -322,14 +322,15 @@ def _state(show: Show) -> str:
 def _opinion(show: Show) -> str:
     if show.as_it_should:
         return ""
-    said = "missed: it is harmful" if show.sample.should == "block" else "a false alarm"
+    said = "missed" if show.sample.should == "block" else "false alarm"
     return f" [bold yellow]← {said}[/]"
 
 
 def _why(decision: Decision) -> str:
     """The harm with its score and threshold, what settled it."""
     name = f"{decision.harm}: " if decision.harm == "other" else ""
-    return f"{name}{decision.reason} ({decision.stage})".replace("_", " ")
+    said = f"{name}{decision.reason} · {decision.stage}"
+    return said.replace(" above ", " > ").replace("_", " ")
 
 
 def _figures(show: Show) -> str:
@@ -340,7 +341,8 @@ def _figures(show: Show) -> str:
             highest[harm] = max(highest.get(harm, 0.0), score)
     harmful = max((d.harmful or 0.0 for d in show.decisions), default=0.0)
     parts = [f"harmful {harmful:.2f}"]
-    for harm in sorted(highest, key=lambda name: -highest[name])[:1]:
+    if highest:
+        harm = max(highest, key=lambda name: highest[name])
         parts.append(f"{harm.replace('_', ' ')} {highest[harm]:.2f}")
     return ", ".join(parts)
 
@@ -365,12 +367,12 @@ def _cropped(text: str) -> Text:
 def _summary(board: Board) -> RenderableType:
     """A line for each answer, and the figures."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("user asked", no_wrap=True, overflow="ellipsis", max_width=36)
-    table.add_column("shown", justify="right", no_wrap=True)
+    table.add_column("user asked", no_wrap=True, overflow="ellipsis", max_width=29)
+    table.add_column("shown", justify="right", no_wrap=True, min_width=7)
     table.add_column("verdict", no_wrap=True, overflow="ellipsis")
-    table.add_column("held ms", justify="right", no_wrap=True)
+    table.add_column("ms held", justify="right", no_wrap=True, min_width=7)
     for show in board.shows:
-        shown = f"{len(show.shown)} of {len(show.sample.text)}"
+        shown = f"{len(show.shown)}/{len(show.sample.text)}"
         held = f"{max(show.held_ms):.0f}" if show.held_ms else ""
         table.add_row(Text(show.question), shown, Text.from_markup(_state(show)), held)
     return Group(table, Text(board.counts()), Text(board.spread()))

@@ -1,10 +1,10 @@
 """Workers as processes of their own, the load they get, and what must come out of it.
 
-    Bed         one test's topics, group and settings; starts workers
-    WorkerProcess   one `tidegate run`, to be killed, stopped, woken
-    Tail        reads a topic while it grows
-    make_load   interleaved streams with everything that producers get wrong
-    reference   the decisions of an undisturbed run, computed in this process without a broker
+Bed            one test's topics, group and settings; starts workers
+WorkerProcess  one `tidegate run`, to be killed, stopped, woken
+Tail           reads a topic while it grows
+make_load      interleaved streams with everything that producers get wrong
+reference      the decisions of an undisturbed run, computed in this process without a broker
 """
 
 import asyncio
@@ -178,24 +178,22 @@ class Bed:
         start, futures = time.monotonic(), []
         try:
             for number, record in enumerate(records):
-                builder = producer.create_batch() if record == (None, None, record.partition) else None
-                if builder is not None:  # `send` refuses a record without key and value
-                    builder.append(timestamp=None, key=None, value=None)
-                    builder.close()
-                    sent = producer.send_batch(
-                        builder, self.settings.outputs_topic, partition=record.partition or 0
-                    )
-                else:
-                    sent = producer.send(
-                        self.settings.outputs_topic, key=record.key, value=record.value,
-                        partition=record.partition,
-                    )  # fmt: skip
-                futures.append(await sent)
+                futures.append(await self._send(producer, record))
                 if per_second and (ahead := start + number / per_second - time.monotonic()) > 0.01:
                     await asyncio.sleep(ahead)
             await asyncio.gather(*futures)
         finally:
             await producer.stop()
+
+    async def _send(self, producer: AIOKafkaProducer, record: Input) -> asyncio.Future[Any]:
+        topic = self.settings.outputs_topic
+        if record.key is not None or record.value is not None:
+            place = record.partition
+            return await producer.send(topic, key=record.key, value=record.value, partition=place)
+        batch = producer.create_batch()  # `send` refuses a record without key and value
+        batch.append(timestamp=None, key=None, value=None)
+        batch.close()
+        return await producer.send_batch(batch, topic, partition=record.partition or 0)
 
     async def read(self, topic: str, isolation_level: str = "read_committed") -> list[Any]:
         """Everything that is on a topic now: by partition, in the order of offsets."""
@@ -310,9 +308,10 @@ async def eventually(holds: Callable[[], Awaitable[bool]], timeout_s: float, wha
 # --- the load ------------------------------------------------------------------------------------
 
 _WORDS = (
-    "the a of and river stone carries under light seldom because nine folders garden where quiet "
-    "engine turns paper across winter someone reads naïve café über 東京 данные window before"
-).split()
+    *("the", "a", "of", "and", "river", "stone", "carries", "under", "light", "seldom", "because"),
+    *("nine", "folders", "garden", "where", "quiet", "engine", "turns", "paper", "across"),
+    *("winter", "someone", "reads", "naïve", "café", "über", "東京", "данные", "window", "before"),
+)
 
 
 class Load(NamedTuple):
@@ -341,7 +340,7 @@ def make_text(rng: random.Random, chars: int) -> str:
 
 
 def make_deltas(rng: random.Random, stream_id: str, text: str, pieces: int) -> list[Input]:
-    """The stream as a producer with troubles sends it: repeats, wrong order, late, after the end."""
+    """The stream as producers with troubles send it: repeated, disordered, late, after its end."""
     cuts = sorted(rng.randrange(len(text) + 1) for _ in range(pieces - 1))
     parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     first = {"context": [{"role": "user", "content": f"about {rng.choice(_WORDS)}?"}]}
@@ -377,7 +376,7 @@ def make_load(
     chars: int = 300, unreadable_share: float = 0.005, prefix: str = "s",
 ) -> Load:  # fmt: skip
     """Interleaved streams, and some records that nobody can read."""
-    texts = {f"{prefix}{number}": make_text(rng, rng.randrange(20, 2 * chars)) for number in range(streams)}
+    texts = {f"{prefix}{n}": make_text(rng, rng.randrange(20, 2 * chars)) for n in range(streams)}
     waiting = iter(texts.items())
     open_streams: list[list[Input]] = []
     records: list[Input] = []
@@ -514,4 +513,3 @@ async def in_background(work: Awaitable[None]) -> AsyncIterator[asyncio.Task[Non
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-

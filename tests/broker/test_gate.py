@@ -16,7 +16,7 @@ from worker.gate import Gate
 from worker.guarded import GateError, GateTimeout, Guarded
 from worker.settings import TEMPLATES
 
-MARKING = {"detectors": ["python:tests.fakes:MarkerDetector"]}
+MARKING: dict[str, Any] = {"detectors": ["python:tests.fakes:MarkerDetector"]}
 CUTS = (40, 120)  # the bed's min_segment_chars and max_segment_chars
 
 
@@ -159,19 +159,21 @@ async def test_leaving_early_ends_the_stream_for_the_worker(bed: Bed) -> None:
 async def test_without_a_worker(bed: Bed) -> None:
     """Where nobody decides, nothing is shown and the wait ends; the same gate serves later ones."""
     async with bed, Gate(bed.settings, decision_timeout_s=1.0) as gate:
-        shown: list[str] = []
+        unjudged = gate.guard(stream(["Hello there. ", "And more."]))
         with pytest.raises(GateTimeout, match="tidegate run"):
-            async for piece in gate.guard(stream(["Hello there. ", "And more."])):
-                shown.append(piece)
-        assert shown == []
+            await anext(aiter(unjudged))
+        assert unjudged.verdict is None
         await bed.start_worker().has_loaded(bed.partitions)
         assert await read(gate.guard(stream(["Hello again."]))) == "Hello again."
 
 
 async def test_revisions_in_place(kafka: str, unique: str, tmp_path: Path) -> None:
     """A revised segment is replaced where the gate applies revisions, else the text ends there."""
-    pieces = ["A first sentence that is long enough to stand alone. ",
-              f"A second one with {MARKER} which will have to be replaced. ", "And a third."]  # fmt: skip
+    pieces = [
+        "A first sentence that is long enough to stand alone. ",
+        f"A second one with {MARKER} which will have to be replaced. ",
+        "And a third.",
+    ]
     tenants = {"default": {"actions": {"violence": "revise"}}}
     async with Bed(kafka, unique, tmp_path, **MARKING, tenants=tenants) as bed:
         await bed.start_worker().has_loaded(bed.partitions)

@@ -19,8 +19,8 @@ from tests.fakes import SETTLE, RowDetector, decide_records, delta_records, row_
 from tests.property.test_splits import (
     ACTIONS,
     any_rules,
-    cut_texts,
     settings_of,
+    several,
 )
 from worker.events import Decision
 from worker.settings import Settings
@@ -86,7 +86,9 @@ class Watched:
                 if self._pauses():
                     yield SETTLE
 
-    def run(self, settings: Settings, detector: Detector | None = None) -> dict[str, list[Decision]]:
+    def run(
+        self, settings: Settings, detector: Detector | None = None
+    ) -> dict[str, list[Decision]]:
         """Send everything through a pipeline."""
         return asyncio.run(
             decide_records(
@@ -96,8 +98,8 @@ class Watched:
         )  # fmt: skip
 
 
-@given(st.lists(cut_texts(), min_size=1, max_size=3), any_rules(), st.randoms(use_true_random=False))
-@settings(max_examples=300, deadline=None)
+@given(several, any_rules(), st.randoms(use_true_random=False))
+@settings(max_examples=200, deadline=None)
 def test_nothing_harmful_is_shown(
     streams: list[list[str]], rules: oracle.Rules, random: Any
 ) -> None:
@@ -154,7 +156,12 @@ def test_leaked_is_exact(where: int, lookahead: int, ahead: int) -> None:
     text = "".join(SENTENCE.format("BAD" if i == where else word) for i, word in enumerate(words))
     text += "BAD end"[: 7 if where == 5 else 3].replace("BAD", "BAD" if where == 5 else "end")
     watched = Watched([list(text)], lambda: True)
-    blocked = watched.run(settings_of(rules, ), BadWord())["s0"][-1]
+    blocked = watched.run(
+        settings_of(
+            rules,
+        ),
+        BadWord(),
+    )["s0"][-1]
     gateway = watched.gateways["s0"]
     first = max(0, where - lookahead)  # it is judged with the harmful one
     assert (blocked.verdict, blocked.segment, blocked.final) == ("block", first, True)
@@ -172,10 +179,11 @@ class Cause(NamedTuple):
     harm: str | None = None
 
 
+BY_KEYWORD = "hate_speech 1.000 above 0.800"
 CAUSES = {
     "model": Cause("BAD", "toxicity", "violence 0.950 above 0.700", "violence"),
-    "keyword": Cause("zorgblat", "keyword", "hate_speech 1.000 above 0.800", "hate_speech"),
-    "spelling": Cause("z\u200b0RGb\u00adlat", "keyword", "hate_speech 1.000 above 0.800", "hate_speech"),
+    "keyword": Cause("zorgblat", "keyword", BY_KEYWORD, "hate_speech"),
+    "spelling": Cause("z\u200b0RGb\u00adlat", "keyword", BY_KEYWORD, "hate_speech"),
     "exception": Cause("BROKEN", "policy", "unavailable"),
     "no number": Cause("NAN", "policy", "unavailable"),
 }
@@ -202,7 +210,7 @@ def test_whatever_the_cause(cause: Cause, where: int, keywords: Path) -> None:
     for stream_id, decisions in watched.run(chosen, BadWord()).items():
         gateway, blocked = watched.gateways[stream_id], decisions[-1]
         assert gateway.text[blocked.start : blocked.end].count(cause.words) == 1
-        assert (blocked.verdict, blocked.reason, blocked.harm) == ("block", cause.reason, cause.harm)
+        assert (blocked.reason, blocked.harm) == (cause.reason, cause.harm)
         assert blocked.stage in (cause.stage, "cache" if cause.stage == "toxicity" else cause.stage)
         assert (gateway.shown, blocked.leaked) == (blocked.start, 0)
         assert [it.verdict for it in decisions] == ["allow"] * where + ["block"]
@@ -260,12 +268,14 @@ def test_terms_over_borders(term: str, lookahead: int, keywords: Path) -> None:
 
 def test_oracle_agrees_about_revisions() -> None:
     """A revision freezes `released_to` at its start, and later harmless segments do not move it."""
-    rules = oracle.Rules(12, 60, release_ahead_chars=5, actions=dict.fromkeys(oracle.HARMS, "revise"))
+    actions = dict.fromkeys(oracle.HARMS, "revise")
+    rules = oracle.Rules(12, 60, release_ahead_chars=5, actions=actions)
     text = "".join(SENTENCE.format("BAD" if i in (2, 4) else i) for i in range(7))
     watched = Watched([list(text)], lambda: True)
     decisions = watched.run(settings_of(rules), BadWord())["s0"]
     first = text.index(SENTENCE[:4], 2 * len(SENTENCE.format(0)))
-    assert [it.verdict for it in decisions] == ["allow", "allow", "revise", "allow", "revise", "allow", "allow"]
+    verdicts = ["allow", "allow", "revise", "allow", "revise", "allow", "allow"]
+    assert [it.verdict for it in decisions] == verdicts
     assert [it.leaked for it in decisions] == [0, 0, 5, 0, 0, 0, 0]
     assert {it.released_to for it in decisions[2:]} == {first}
     assert watched.gateways["s0"].shown == first + 5

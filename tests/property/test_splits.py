@@ -5,6 +5,7 @@ Every result is compared with tests/oracle.py, which sees the whole text at once
 
 import asyncio
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def settings_of(rules: oracle.Rules, **more: Any) -> Settings:
         min_segment_chars=rules.min_chars, max_segment_chars=rules.max_chars,
         context_segments=rules.context_segments, lookahead_segments=rules.lookahead_segments,
         release_ahead_chars=rules.release_ahead_chars, short_chars=rules.short_chars,
-        tenants={"default": TenantPolicy(actions=rules.actions)}, cache_entries=0,  # type: ignore[arg-type]
+        tenants={"default": TenantPolicy(actions=rules.actions)}, cache_entries=0,
         hold_timeout_ms=60_000, keywords_check_ms=1_000_000, **more,
     )  # fmt: skip
 
@@ -76,7 +77,7 @@ def decide(rules: oracle.Rules, records: Sequence[bytes | None]) -> dict[str, li
 def cut_at(units: Sequence[str], cuts: Sequence[int]) -> list[str]:
     """The units between the cuts, which may repeat: then a piece is empty."""
     edges = [0, *sorted(cuts), len(units)]
-    return ["".join(units[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return ["".join(units[a:b]) for a, b in pairwise(edges)]
 
 
 def completed_by(pieces: Sequence[str], start: int, rules: oracle.Rules) -> int:
@@ -95,7 +96,7 @@ def completed_by(pieces: Sequence[str], start: int, rules: oracle.Rules) -> int:
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_two_way_split(text: str, rules: oracle.Rules) -> None:
-    """However a text is cut in two, even inside a surrogate pair, the decisions are the oracle's."""
+    """However a text is cut in two, inside a surrogate pair too: decisions are the oracle's."""
     units = utf16_units(text)
     expected = oracle.expect(oracle.as_received(text), rules, row_of, CONVERSATION)
     context = [{"role": role, "content": content} for role, content in CONVERSATION]
@@ -127,9 +128,12 @@ def test_one_unit_at_a_time(text: str, rules: oracle.Rules) -> None:
         assert seen(decided[stream_id]) == expected, stream_id
 
 
-TROUBLE = list("ab.!?…。！」\"')* \n\r\t,\u00a0\u3000\u0301\u200d\u200b🇺🇸🏽👩\ud83d\ude00नि्漢'") + ["\r\n", ". "]
+TROUBLE = [
+    *"ab.!?…。！」\"')* \n\r\t,\u00a0\u3000\u0301\u200d\u200b🇺🇸🏽👩\ud83d\ude00नि्漢'", "\r\n", ". ",
+]  # fmt: skip
 texts = st.lists(st.sampled_from(TROUBLE), max_size=60).map("".join)
-any_text = texts | st.text(st.characters(categories=["L", "M", "P", "Z", "Cs", "Cf", "S"]), max_size=60)
+letters = st.characters(categories=["L", "M", "P", "Z", "Cs", "Cf", "S"])
+any_text = texts | st.text(letters, max_size=60)
 
 
 @st.composite
@@ -150,12 +154,13 @@ def cut_texts(draw: st.DrawFn) -> list[str]:
     return cut_at(units, cuts)
 
 
-@given(st.lists(cut_texts(), min_size=1, max_size=3), any_rules(), st.randoms(use_true_random=False))
+several = st.lists(cut_texts(), min_size=1, max_size=3)
+
+
+@given(several, any_rules(), st.randoms(use_true_random=False))
 @example([["🇺", "🇸" * 9]], oracle.Rules(2, 4, short_chars=0), None)
 @settings(max_examples=300, deadline=None)
-def test_any_split_any_rhythm(
-    streams: list[list[str]], rules: oracle.Rules, random: Any
-) -> None:
+def test_any_split_any_rhythm(streams: list[list[str]], rules: oracle.Rules, random: Any) -> None:
     """Random texts in random pieces, interleaved, read in any rhythm: decisions are the oracle's,
     and each names the delta with which its segment was complete."""
     records = interleaved(streams, random)

@@ -107,7 +107,7 @@ def guard(tokens: Tokens, holding: Holding = HOLDING, **options: Any) -> tuple[G
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - any condition, and only in tests
+        while not condition():
             await asyncio.sleep(0.001)
 
 

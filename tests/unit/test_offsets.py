@@ -23,19 +23,14 @@ def test_oldest_open_stream_holds_the_offset() -> None:
 
 
 @given(
-    st.lists(
-        st.tuples(st.sampled_from(["open", "spill", "close"]), st.integers(0, 9)), max_size=60
-    )
+    st.lists(st.tuples(st.sampled_from(["open", "spill", "close"]), st.integers(0, 9)), max_size=60)
 )
 def test_never_above_an_open_stream(steps: list[tuple[str, int]]) -> None:
     """Whatever opens, spills and closes in whichever order: it is the minimum over the open."""
     offsets, model = OpenOffsets(), {}
     for position, (step, number) in enumerate(steps):
         name = str(number)
-        if step == "open" and name not in model:
-            model[name] = position
-            offsets.need(name, position)
-        elif step == "spill" and name in model:
+        if (step == "open" and name not in model) or (step == "spill" and name in model):
             model[name] = position
             offsets.need(name, position)
         elif step == "close":

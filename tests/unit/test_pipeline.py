@@ -1,6 +1,7 @@
 """pipeline.py: what a failing detector, a slow one, or a wrong score does to a segment."""
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,10 @@ class Scripted(Constant):
 
 def fine(batch: Sequence[Encoded]) -> FloatArray:
     return np.full((len(batch), 7), 0.01)
+
+
+def returning(scores: FloatArray, batch: Sequence[Encoded]) -> FloatArray:
+    return scores
 
 
 async def decide(
@@ -87,9 +92,9 @@ async def test_a_wrong_score_blocks_as_unavailable(bad: float) -> None:
 
 async def test_a_matrix_of_the_wrong_shape_blocks() -> None:
     """A detector that returns fewer rows or columns has failed."""
-    for shape in ((0, 7), (1, 6)):
+    for wrong in (np.zeros((0, 7)), np.zeros((1, 6))):
         (decision,) = await decide(
-            Scripted(lambda batch, shape=shape: np.full(shape, 0.01)), delta("s", 0, TEXT, True)
+            Scripted(functools.partial(returning, wrong)), delta("s", 0, TEXT, True)
         )
         assert (decision.verdict, decision.reason) == ("block", "unavailable")
 

@@ -1,5 +1,8 @@
 """streams.py: one partition's streams, driven by hand."""
 
+import gc
+import tracemalloc
+
 import pytest
 
 from detectors.protocol import Turn
@@ -289,3 +292,31 @@ def test_ids_and_cuts_do_not_depend_on_judging() -> None:
     hand.settle(segments, judge(segments[0]))
     ids = [it.decision_id for it in hand.decisions() if it.stream_id == "s"]
     assert ids == ["in-0-1-0", "in-0-1-1", "in-0-2-0", "in-0-2-1"]
+
+
+def test_nothing_of_ended_streams_stays_in_memory() -> None:
+    """What 2,000 streams allocated is gone when they have ended and been forgotten."""
+    hand = Hand(settings(closed_for_ms=1_000))
+
+    def wave(number: int) -> None:
+        for stream in range(2_000):
+            hand.settle(hand.feed(delta(f"{number}/{stream}", 0, SENTENCE * 5)))
+        hand.decisions()
+        for stream in range(2_000):
+            hand.settle(hand.feed(delta(f"{number}/{stream}", 1, "", True)))
+        hand.decisions()
+        for _ in range(5):  # 500 tombstones a transaction
+            hand.wall_ms += 1_001
+            hand.tick()
+
+    tracemalloc.start()
+    wave(0)
+    gc.collect()
+    before = tracemalloc.get_traced_memory()[0]
+    wave(1)
+    gc.collect()
+    kept = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert (hand.lane.open_streams, hand.lane.closed_streams) == (0, 0)
+    assert before < 400_000  # bytes: the tables that held them; a stream takes some 4,000
+    assert kept < 20_000
