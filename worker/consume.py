@@ -60,7 +60,7 @@ class Owned:
         self.failures = 0
 
 
-class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is untyped
+class Worker(ConsumerRebalanceListener):
     """One member of the group: runs until `stop`, or until something cannot go on."""
 
     def __init__(self, settings: Settings, pipeline: Pipeline) -> None:
@@ -266,7 +266,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             return False
         if partition not in self._consumer.assignment():
             return False
-        end = self._consumer.last_stable_offset(partition)
+        end: int | None = self._consumer.last_stable_offset(partition)
         polled_ms = self._consumer.last_poll_timestamp(partition)
         if end is None or not polled_ms or _wall_ms() - polled_ms > _FRESH_S * 1e3:
             return False
@@ -442,7 +442,7 @@ class Worker(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             # Position, not the last record, tells the end: markers and holes have offsets too.
             while await reader.position(partition) < end:
                 for record in (await reader.getmany(timeout_ms=500)).get(partition, ()):
-                    stream_id = record.key.decode()
+                    stream_id = (record.key or b"").decode()
                     entries.pop(stream_id, None)
                     if record.value is not None:
                         entries[stream_id] = (record.offset, record.value)

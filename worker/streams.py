@@ -235,7 +235,7 @@ class Lane:
             self._log_ms = max(self._log_ms, wall_ms)
             segments += self._idle(now)
         for _ in range(len(self._streams) - settings.max_open_streams):
-            segments += self._end_silent(now)
+            segments += self.end_silent(now)
         return segments
 
     def _idle(self, now: float) -> list[Segment]:
@@ -244,11 +244,11 @@ class Lane:
         for stream in list(islice(self._streams.values(), 1_000)):
             if now - stream.seen <= timeout_s:
                 break
-            segments += self._end_silent(now)
+            segments += self.end_silent(now)
         segments += self._vanished(now)
         return segments
 
-    def _end_silent(self, now: float) -> list[Segment]:
+    def end_silent(self, now: float) -> list[Segment]:
         """End the stream that has been silent longest, as it stands."""
         stream_id, stream = next(iter(self._streams.items()))
         self._streams.move_to_end(stream_id)
@@ -385,6 +385,11 @@ class Lane:
     def closed_streams(self) -> int:
         """Ended streams that are still remembered."""
         return len(self._closed)
+
+    def forget_closed(self, keep: int) -> None:
+        """Remember only the `keep` streams that ended last: for input that has no clock."""
+        while len(self._closed) > keep:
+            self._closed.popitem(last=False)
 
     def take(self, now: float, drain: bool = False) -> Output | None:
         """What the next transaction publishes; None where nothing is due."""

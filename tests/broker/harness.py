@@ -102,11 +102,12 @@ class WorkerProcess:
 
     async def has_loaded(self, partitions: int, timeout_s: float = 60.0) -> None:
         """Return when it has taken that many partitions since its start."""
-        loaded = lambda: {e["partition"] for e in self.events("lane.loaded")}  # noqa: E731
-        await until(
-            lambda: len(loaded()) >= partitions or not self.running, timeout_s,
-            f"{self.log.name} takes {partitions} partitions",
-        )  # fmt: skip
+
+        def done() -> bool:
+            loaded = {event["partition"] for event in self.events("lane.loaded")}
+            return len(loaded) >= partitions or not self.running
+
+        await until(done, timeout_s, f"{self.log.name} takes {partitions} partitions")
         assert self.running, f"the worker ended:\n{self.tail()}"
 
     def tail(self, lines: int = 30) -> str:
@@ -188,12 +189,15 @@ class Bed:
     async def _send(self, producer: AIOKafkaProducer, record: Input) -> asyncio.Future[Any]:
         topic = self.settings.outputs_topic
         if record.key is not None or record.value is not None:
-            place = record.partition
-            return await producer.send(topic, key=record.key, value=record.value, partition=place)
+            sent: asyncio.Future[Any] = await producer.send(
+                topic, key=record.key, value=record.value, partition=record.partition
+            )
+            return sent
         batch = producer.create_batch()  # `send` refuses a record without key and value
         batch.append(timestamp=None, key=None, value=None)
         batch.close()
-        return await producer.send_batch(batch, topic, partition=record.partition or 0)
+        sent = await producer.send_batch(batch, topic, partition=record.partition or 0)
+        return sent  # noqa: RET504 - typed by its first use
 
     async def read(self, topic: str, isolation_level: str = "read_committed") -> list[Any]:
         """Everything that is on a topic now: by partition, in the order of offsets."""
@@ -503,11 +507,11 @@ def _difference(found: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[s
 
 
 @contextlib.asynccontextmanager
-async def in_background(work: Awaitable[None]) -> AsyncIterator[asyncio.Task[None]]:
+async def in_background(work: Awaitable[None]) -> AsyncIterator[asyncio.Future[None]]:
     """The work as a task beside the block; it must be done when the block ends, or is awaited."""
     task = asyncio.ensure_future(work)
     try:
-        yield task  # type: ignore[misc]  # ensure_future of a coroutine is a task
+        yield task
         await task
     finally:
         task.cancel()
