@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Coroutine
@@ -42,8 +43,7 @@ def main() -> None:
         _fail(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    error: BaseException = group
+def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -157,6 +157,36 @@ def demo(
         sys.exit(0 if keep_running and board.over else 130)
     finally:
         view.close()
+
+
+@app.command()
+def moderate(
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", exists=True, dir_okay=False, help="Deltas. Default: stdin."),
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", dir_okay=False, help="Default: stdout.")
+    ] = None,
+    scores_only: Annotated[
+        bool, typer.Option("--scores-only", help="One line a stream: its scores and verdict.")
+    ] = False,
+    config: Config = None,
+) -> None:
+    """Deltas in a JSON Lines file to decisions: the same pipeline, no broker, no Redis."""
+    from worker.offline import moderate_files
+
+    settings = settings_module.load(config)
+    configure_logs(settings.log_level)
+    errors: list[BaseException] = []
+    try:
+        run_loop(moderate_files(settings, source, target, scores_only))
+    except* OSError as group:
+        errors += group.exceptions
+    if errors and isinstance(_first(errors[0]), BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has seen enough, as `head` does
+    elif errors:
+        raise Stop(str(_first(errors[0])))
 
 
 @app.command()

@@ -38,6 +38,7 @@ _TAKE_TIMEOUT_S = 60.0  # to fence, read back and load; then again
 _FRESH_S = 2.0  # an answer of the broker this old no longer proves that the log is read
 _MAX_BACKLOG = 5_000  # decisions of a lane that wait for the broker
 _MAX_FAILURES = 20  # in a row, of one partition or of polling, that waiting will not mend
+_DRAIN, _LEAVE = 0.4, 0.2  # of shutdown_timeout_ms; outlets and the cache take up to 2 s each
 _START_S = 60.0  # how long brokers may be out of reach when a worker starts
 _SETTLE_S = 2.0  # a new leader may not yet show all that is in the log
 
@@ -105,22 +106,30 @@ class Worker(ConsumerRebalanceListener):
         )  # fmt: skip
         self._admin = AIOKafkaAdminClient(**client_settings(settings))
         try:
-            await self._reach(self._admin.start)
-            await self._reach(self._check_topics)
             async with asyncio.TaskGroup() as self._tasks:  # before the group assigns anything
-                self._consumer.subscribe([settings.outputs_topic], listener=self)
-                await self._reach(self._consumer.start)
-                steps = [
-                    self._tasks.create_task(step) for step in (self._poll(), self._tick_for_ever())
-                ]
-                await self._stopping.wait()
+                starting = self._tasks.create_task(self._start())
+                stopping = self._tasks.create_task(self._stopping.wait())
+                await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                starting.cancel()  # joining a group may take longer than we may take to stop
+                steps: list[asyncio.Task[None]] = []
+                if not stopping.done():
+                    steps = [self._tasks.create_task(it) for it in (self._poll(), self._tick())]
+                await stopping
                 log.info("worker.draining")
-                steps[0].cancel()
-                await self._drain(list(self._owned), self._settings.shutdown_timeout_ms * 0.6e-3)
-                steps[1].cancel()
+                for step in steps[:1]:
+                    step.cancel()
+                await self._drain(list(self._owned), settings.shutdown_timeout_ms * _DRAIN * 1e-3)
+                for step in steps[1:]:
+                    step.cancel()
                 self._release(list(self._owned))
         finally:
             await self._leave()
+
+    async def _start(self) -> None:
+        await self._reach(self._admin.start)
+        await self._reach(self._check_topics)
+        self._consumer.subscribe([self._settings.outputs_topic], listener=self)
+        await self._reach(self._consumer.start)
 
     async def _reach(self, step: Callable[[], Awaitable[None]]) -> None:
         """Do a step that needs the brokers; again, for a while, where they cannot be reached."""
@@ -137,13 +146,17 @@ class Worker(ConsumerRebalanceListener):
 
     async def _leave(self) -> None:
         """Leave the group within the time that is left; aiokafka may hang here."""
-        bound_s = self._settings.shutdown_timeout_ms * 0.3e-3
-        for client, close in ((self._consumer, "stop"), (self._admin, "close")):
+        bound_s = self._settings.shutdown_timeout_ms * 1e-3
+        clients: list[tuple[str, Callable[[], Awaitable[None]], float]] = [
+            ("consumer", self._consumer.stop, _LEAVE),
+            ("admin", self._admin.close, _LEAVE / 4),
+        ]
+        for client, close, share in clients:
             try:
-                async with asyncio.timeout(bound_s):
-                    await getattr(client, close)()
+                async with asyncio.timeout(bound_s * share):
+                    await close()
             except (TimeoutError, KafkaError):
-                log.warning("worker.left_behind", client=type(client).__name__)
+                log.warning("worker.left_behind", client=client)
 
     async def _check_topics(self) -> None:
         """Co-partitioning is what gateways and recovery rest on: refuse to run without."""
@@ -238,7 +251,7 @@ class Worker(ConsumerRebalanceListener):
 
     # -- time ---------------------------------------------------------------------------------
 
-    async def _tick_for_ever(self) -> None:
+    async def _tick(self) -> None:
         while True:
             now = time.monotonic()
             late = now - self._ticked > 1.0  # this process was stopped: what it knows is old
@@ -361,9 +374,12 @@ class Worker(ConsumerRebalanceListener):
         )
         if owned.failures > _MAX_FAILURES and not mends:
             raise Stop(f"{owned.partition}: {owned.failures} failures in a row, last: {error!r}")
-        await asyncio.sleep(
-            self._settings.session_timeout_ms / 1e3 if fenced else min(0.1 * owned.failures, 2.0)
-        )
+        if not fenced:
+            await asyncio.sleep(min(0.1 * owned.failures, 2.0))
+            return
+        await asyncio.sleep(self._settings.session_timeout_ms / 1e3)
+        while self._consumer._subscription.reassignment_in_progress:  # noqa: ASYNC110, SLF001 - no event
+            await asyncio.sleep(_TICK_S)
 
     def _outlet(self, partition: TopicPartition) -> Outlet:
         if self._settings.delivery == "at_least_once":

@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import msgspec
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -36,7 +36,7 @@ from detectors.protocol import Detector
 from worker import metrics
 from worker import settings as settings_module
 from worker.errors import TidegateError
-from worker.events import Channel, Decision, Delta, Revision, TurnRecord, Verdict
+from worker.events import MAX_ID_CHARS, Channel, Decision, Delta, Revision, TurnRecord, Verdict
 from worker.guarded import Guarded, Holding
 from worker.pipeline import Pipeline
 from worker.settings import Settings
@@ -44,6 +44,7 @@ from worker.streams import Lane
 
 Context = str | Iterable[TurnRecord | Mapping[str, str] | tuple[str, str]]  # str: one user turn
 
+_Id = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID_CHARS)]
 _PIECE_CHARS = 4_000  # of a long text, fed at once
 _AT_ONCE = 256  # texts of a batch that are begun
 _ROOM_POLL_S = 0.002
@@ -58,9 +59,9 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     text: str
     context: tuple[TurnRecord, ...] = ()
-    tenant: str = "default"
+    tenant: _Id = "default"
     channel: Channel = "text"
-    stream_id: str | None = None  # as decisions carry it; made up where there is none
+    stream_id: _Id | None = None  # as decisions carry it; made up where there is none
 
 
 class Shown(NamedTuple):
@@ -378,23 +379,24 @@ def whole(decisions: Sequence[Decision]) -> Decision:
         settling,
         start=0 if settling.verdict == "allow" else settling.start,
         released_to=min(last.released_to, last.end), leaked=0, final=True,
-        scores=highest_scores(decisions), harmful=highest_harmful(decisions),
+        scores=highest_scores(it.scores for it in decisions),
+        harmful=highest(it.harmful for it in decisions),
         timing_ms=msgspec.structs.replace(settling.timing_ms, total=total),
     )  # fmt: skip
 
 
-def highest_scores(decisions: Iterable[Decision]) -> dict[str, float]:
-    """The highest score of each harm; of those that were judged."""
-    highest: dict[str, float] = {}
-    for decision in decisions:
-        for harm, score in decision.scores.items():
-            highest[harm] = max(score, highest.get(harm, 0.0))
-    return highest
+def highest_scores(scores: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The highest score of each harm, of those that were judged."""
+    found: dict[str, float] = {}
+    for row in scores:
+        for harm, score in row.items():
+            found[harm] = max(score, found.get(harm, 0.0))
+    return found
 
 
-def highest_harmful(decisions: Iterable[Decision]) -> float | None:
-    """The highest probability of any harm; None where nothing was judged."""
-    return max((it.harmful for it in decisions if it.harmful is not None), default=None)
+def highest(scores: Iterable[float | None]) -> float | None:
+    """The highest; None where nothing was judged."""
+    return max((score for score in scores if score is not None), default=None)
 
 
 def shown(text: str, decisions: Sequence[Decision]) -> Shown:
@@ -420,10 +422,13 @@ def joined(text: str) -> str:
 
 
 def _request(given: str | Request | Mapping[str, Any]) -> Request:
-    if isinstance(given, Request):
-        return given
+    """The request, its types checked; messages name fields and hold no text."""
     if isinstance(given, str):
         return Request(given)
+    if isinstance(given, Request):
+        given = msgspec.structs.asdict(given)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"a text is a str, a mapping or a Request, not {type(given).__name__}")
     fields = {**given, "context": _turns(given.get("context", ()))}
     return msgspec.convert(fields, Request, from_attributes=True)
 

@@ -10,18 +10,33 @@ complete, however fast each was judged.
 import asyncio
 import heapq
 import itertools
+import os
+import stat
+import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
 
 import msgspec
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from detectors.protocol import Detector
 from worker.assemble import Segment
 from worker.errors import Stop
 from worker.events import DeadLetter, Decision
-from worker.moderator import Pace
+from worker.moderator import Pace, highest, highest_scores
 from worker.pipeline import Pipeline
 from worker.settings import Settings
 from worker.streams import Lane
@@ -47,26 +62,22 @@ class Raw(Protocol):
         ...
 
 
-class Progress(NamedTuple):
-    """How far it is."""
-
-    bytes: int
-    lines: int
-    streams: int  # that have ended
-    blocked: int  # of them
-    unreadable: int  # lines
-
-
 def read_lines(raw: Raw, on_bytes: Callable[[int], None] = lambda _: None) -> Iterator[list[Line]]:
     """The lines as they come, several at a time; blank ones are left out, too long ones cut off."""
-    rest = b""
     numbers = itertools.count(1)
+    parts: list[bytes] = []  # of the line that has not ended
+    length = 0
     while chunk := raw.read(_CHUNK_BYTES):
         on_bytes(len(chunk))
-        *whole, rest = (rest + chunk).split(b"\n")
-        rest = rest[: MAX_LINE_BYTES + 1]
-        yield _lines(whole, numbers)
-    yield _lines([rest] if rest else [], numbers)
+        *whole, rest = chunk.split(b"\n")
+        if whole:
+            whole[0] = b"".join((*parts, whole[0]))
+            parts, length = [], 0
+            yield _lines(whole, numbers)
+        if length <= MAX_LINE_BYTES:  # a longer line is unreadable, whatever it goes on with
+            parts.append(rest)
+            length += len(rest)
+    yield _lines([b"".join(parts)], numbers)
 
 
 def _lines(values: Sequence[bytes], numbers: Iterator[int]) -> list[Line]:
@@ -82,20 +93,26 @@ async def in_thread(chunks: Iterator[list[Line]]) -> AsyncIterator[list[Line]]:
     queue: asyncio.Queue[list[Line] | Exception | None] = asyncio.Queue(2)
 
     def put(it: list[Line] | Exception | None) -> None:
-        asyncio.run_coroutine_threadsafe(queue.put(it), loop).result()
+        coming = queue.put(it)
+        try:
+            asyncio.run_coroutine_threadsafe(coming, loop).result()
+        except RuntimeError:  # the loop is closed
+            coming.close()
+            raise CancelledError from None
 
     def read() -> None:
         try:
-            try:
-                for chunk in chunks:
-                    put(chunk)
-                put(None)
-            except OSError as error:
-                put(error)
-        except (RuntimeError, asyncio.CancelledError):
-            return  # nobody listens any more
+            for chunk in chunks:
+                put(chunk)
+            put(None)
+        except OSError as error:
+            put(error)
 
-    threading.Thread(target=read, name="tidegate-lines", daemon=True).start()
+    def read_while_wanted() -> None:
+        with suppress(CancelledError, ValueError):  # ValueError: the file was closed meanwhile
+            read()
+
+    threading.Thread(target=read_while_wanted, name="tidegate-lines", daemon=True).start()
     while (chunk := await queue.get()) is not None:
         if isinstance(chunk, Exception):
             raise chunk
@@ -176,13 +193,25 @@ class Offline:
             self._order = InOrder(self._lane, self._settings.lookahead_segments)
             pipeline.on_output = lambda _: self._take()
             try:
-                async for lines in chunks:
+                while (lines := await self._next(chunks)) is not None:
                     await self._feed(lines)
                 await self._end_streams()
             except Stop:
                 await self._room(1)
                 raise
             await self._room(1)
+
+    async def _next(self, chunks: AsyncIterator[list[Line]]) -> list[Line] | None:
+        """The next lines, None at the end. Decisions are written while they are awaited."""
+        coming = asyncio.ensure_future(anext(chunks, None))
+        try:
+            while not coming.done():
+                await asyncio.wait({coming}, timeout=_POLL_S if self._order else None)
+                self._pipeline.check()
+                self._emit()
+            return coming.result()
+        finally:
+            coming.cancel()
 
     async def _feed(self, lines: Sequence[Line]) -> None:
         for line in lines:
@@ -191,6 +220,7 @@ class Offline:
             if len(line.value) > MAX_LINE_BYTES:
                 self._too_long.add(line.number)
             self._submit(self._fed(line))
+            await self._make_room_for_streams()
         await asyncio.sleep(0)
         self._take()
         self._emit()
@@ -213,9 +243,12 @@ class Offline:
             if self._lane.open_streams:
                 self._submit(self._lane.end_silent(self._pipeline.clock()))
 
-    def _submit(self, segments: Sequence[Segment]) -> None:
+    async def _make_room_for_streams(self) -> None:
         while self._lane.open_streams > self._settings.max_open_streams:
-            segments = [*segments, *self._lane.end_silent(self._pipeline.clock())]
+            self._submit(self._lane.end_silent(self._pipeline.clock()))
+            await self._room(1)
+
+    def _submit(self, segments: Sequence[Segment]) -> None:
         if segments:
             self._order.cut(segments)
             self._pipeline.submit(self._lane, segments)
@@ -274,18 +307,89 @@ class Scores:
             decision.stream_id,
             {"stream_id": decision.stream_id, "scores": {}, "harmful": None, "verdict": ""},
         )
-        scores = line["scores"]
-        for harm, score in decision.scores.items():
-            scores[harm] = max(score, scores.get(harm, 0.0))
-        if decision.harmful is not None:
-            line["harmful"] = max(decision.harmful, line["harmful"] or 0.0)
+        line["scores"] = highest_scores((line["scores"], decision.scores))
+        line["harmful"] = highest((line["harmful"], decision.harmful))
         line["verdict"] = decision.verdict
         return self._open.pop(decision.stream_id) if decision.final else None
 
 
+# -- files ----------------------------------------------------------------------------------------
+
+
+def moderate_files(
+    settings: Settings, source: Path | None, target: Path | None, scores_only: bool
+) -> Coroutine[Any, Any, None]:
+    """Judge the deltas in `source`, or stdin, into `target`, or stdout. Raises Stop, OSError."""
+    if source is not None and target is not None and target.exists() and source.samefile(target):
+        raise Stop(f"{target}: is the input too; name another output")
+    return _moderate_files(settings, source, target, scores_only)
+
+
+async def _moderate_files(
+    settings: Settings, source: Path | None, target: Path | None, scores_only: bool
+) -> None:
+    with ExitStack() as stack:
+        raw = stack.enter_context(open(source or 0, "rb", buffering=0, closefd=source is not None))  # noqa: ASYNC230 - read in a thread
+        out = stack.enter_context(target.open("wb")) if target else sys.stdout.buffer
+        scores = Scores()
+
+        def write(decision: Decision) -> None:
+            line = scores.add(decision) if scores_only else decision
+            if line is not None:
+                out.write(_ENCODER.encode(line) + b"\n")
+
+        bar = stack.enter_context(_bar(raw))
+        run = Offline(settings, write, bar.report, out.flush)
+        chunks = in_thread(read_lines(raw, lambda size: bar.step(size, run)))
+        try:
+            await run.run(chunks)
+        finally:
+            out.flush()
+            if run.unreadable:
+                bar.say({"lines": run.lines, "unreadable": run.unreadable})
+
+
+class _Bar:
+    """A progress bar on stderr, and what is said above it."""
+
+    def __init__(self, progress: Progress | None, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def step(self, size: int, run: Offline) -> None:
+        """Show that `size` more bytes were read."""
+        if self._progress is not None:
+            told = f"{run.lines:,} lines, {run.streams:,} streams, {run.blocked:,} blocked"
+            self._progress.update(self._task, advance=size, description=told)
+
+    def report(self, line: int, reason: str, field: str) -> None:
+        """Say that a line could not be read."""
+        self.say({"line": line, "reason": reason, **({"field": field} if field else {})})
+
+    def say(self, fields: dict[str, Any]) -> None:
+        """One line of JSON."""
+        line = _ENCODER.encode(fields).decode()
+        if self._progress is None:
+            sys.stderr.write(line + "\n")
+        else:
+            self._progress.console.out(line, highlight=False)
+
+
+@contextmanager
+def _bar(raw: IO[bytes]) -> Iterator[_Bar]:
+    """A bar where somebody looks at it and the input's length is known."""
+    status = os.fstat(raw.fileno())
+    if not (stat.S_ISREG(status.st_mode) and sys.stderr.isatty()):
+        yield _Bar(None, TaskID(0))
+        return
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield _Bar(progress, progress.add_task("", total=status.st_size or None))
+
+
 _ENCODER = msgspec.json.Encoder()
-
-
-def to_line(value: Any) -> bytes:
-    """One line of JSON."""
-    return _ENCODER.encode(value) + b"\n"

@@ -28,7 +28,7 @@ from worker.settings import Settings
 from worker.streams import Output
 
 _BATCH_BYTES = 1 << 20  # of one produce batch; a single larger record still goes
-_STOP_S = 2.0  # a client that cannot reach its broker is left behind after so long
+_STOP_S = 1.5  # a client that cannot reach its broker is left behind after so long
 _HOPELESS = (
     MessageSizeTooLargeError, RecordTooLargeError, TopicAuthorizationFailedError,
     GroupAuthorizationFailedError, ClusterAuthorizationFailedError,
@@ -144,10 +144,12 @@ class _KafkaOutlet:
             async with asyncio.timeout(_STOP_S):
                 await self._producer.stop()
         except (TimeoutError, KafkaError, AssertionError):
-            sender = self._producer._sender  # noqa: SLF001 - stop() waits for the broker for ever
-            if sender is not None:
-                await asyncio.gather(sender.close(), return_exceptions=True)
+            # stop() waits for the broker for ever; without connections nothing waits any more.
             await asyncio.gather(self._producer.client.close(), return_exceptions=True)
+            closing = asyncio.ensure_future(self._producer._sender.close())  # noqa: SLF001
+            await asyncio.wait({closing}, timeout=_STOP_S / 4)
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
 
     async def _send(self, output: Output) -> list[int]:
         """Produce everything and wait for every acknowledgement; the journal's offsets."""

@@ -158,9 +158,7 @@ class Lane:
         self, stream: Stream, delta: Delta, offset: int, timestamp_ms: int, now: float
     ) -> list[Segment]:
         """Put the delta in its place. Repeats and what an ended stream sends are nothing."""
-        if offset < stream.needed_from:
-            return []  # the snapshot that the stream was restored from holds it
-        stream.through = offset
+        stream.through = max(offset, stream.through)  # a snapshot may be ahead of the re-reading
         if stream.finished or delta.seq < stream.next_seq:
             return []
         silent_ms = timestamp_ms - (stream.last_timestamp_ms or timestamp_ms)

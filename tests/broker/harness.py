@@ -70,6 +70,7 @@ class WorkerProcess:
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.log = log
+        self.killed = False
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "worker.cli", "run"],
@@ -83,8 +84,14 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """SIGKILL, and gone when this returns."""
+        self.killed = True
         self._process.kill()
         self._process.wait()
+
+    @property
+    def died(self) -> bool:
+        """Whether it ended by itself."""
+        return not self.running and not self.killed
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

@@ -152,7 +152,7 @@ def test_demo_on_servers_that_run_already(kafka: str, valkey: str, scratch: Path
 
 
 def test_samples_are_what_the_demo_needs() -> None:
-    """Each sample has a name of its own, a user's question, an expected verdict, and fits its panel."""
+    """Each has a name of its own, a user's question, an expected verdict, and fits its panel."""
     samples = read_samples()
     assert len({sample.name for sample in samples}) == len(samples)
     for sample in samples:

@@ -7,6 +7,7 @@ More of it: TIDEGATE_FAULT_KILLS=200 TIDEGATE_FAULT_STREAMS=10000 TIDEGATE_FAULT
 import asyncio
 import os
 import random
+import signal
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -77,6 +78,8 @@ async def test_every_segment_is_decided_once_whatever_is_killed(
         _say(f"all is decided, {time.monotonic() - produced:.1f} s later")
         log = await bed.read(bed.settings.outputs_topic)
         await eventually(lambda: _all_committed(bed, log), 30.0, "the offsets reach the log's end")
+        died = [worker for worker in bed.workers if worker.died]
+        assert not died, f"{died[0].log.name} ended by itself:\n{died[0].tail()}"
         found = await outcome(bed)
         _report(tail, found, start, produced, bed)
         assert_equal(found, await reference(bed.settings, log))
@@ -87,7 +90,10 @@ async def _kill_all_over(
     rng: random.Random, bed: Bed, workers: list[WorkerProcess], tail: Tail, kafka: KafkaCluster,
     valkey: Valkey,
 ) -> None:  # fmt: skip
-    """Kill workers at random moments, some respawned at once and some after their session ended."""
+    """Kill workers at random moments, some respawned at once and some after their session ended.
+
+    Now and then one is not killed but frozen until its partitions have moved.
+    """
     plan = Plan(KILLS // 3, KILLS // 3 + 3, KILLS // 2, KILLS * 2 // 3)
     node = rng.choice(kafka.running)
     respawns: list[asyncio.Task[None]] = []
@@ -110,6 +116,10 @@ async def _kill_all_over(
             await asyncio.gather(*respawns)
             alive = [slot for slot, worker in enumerate(workers) if worker.running]
         slot = rng.choice(alive)
+        if number % 6 == 5:
+            respawns.append(asyncio.create_task(_freeze(workers[slot], rng.uniform(4, 10))))
+            await asyncio.sleep(rng.uniform(0, 1))
+            slot = rng.choice(alive)
         workers[slot].kill()
         pause_s = rng.choice((0.0, rng.uniform(0, 2), rng.uniform(6, 9)))
         _say(
@@ -118,6 +128,14 @@ async def _kill_all_over(
         )
         respawns.append(asyncio.create_task(_respawn(bed, workers, slot, pause_s)))
     await asyncio.gather(*respawns)
+
+
+async def _freeze(worker: WorkerProcess, pause_s: float) -> None:
+    _say(f"{worker.log.stem} frozen for {pause_s:.1f} s")
+    worker.signal(signal.SIGSTOP)
+    await asyncio.sleep(pause_s)
+    if worker.running:
+        worker.signal(signal.SIGCONT)
 
 
 async def _respawn(bed: Bed, workers: list[WorkerProcess], slot: int, pause_s: float) -> None:

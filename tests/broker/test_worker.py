@@ -32,7 +32,7 @@ from tests.broker.harness import (
 )
 from worker.decode import decode
 from worker.errors import Unreadable
-from worker.local import Valkey
+from worker.local import KafkaCluster, Valkey
 from worker.publish import TransactionalOutlet
 from worker.settings import HERE
 
@@ -58,6 +58,45 @@ async def test_sigterm_drains_commits_and_leaves(kafka: str, unique: str, tmp_pa
         assert_equal(await outcome(bed), await reference(bed.settings, log))
         sent = [r.value for r in await bed.read_decisions("read_uncommitted")]
         assert len(sent) == len(tail.records), "something was decided again"
+
+
+async def test_sigterm_decides_what_was_read(kafka: str, unique: str, tmp_path: Path) -> None:
+    """What a worker has read before SIGTERM it decides and publishes before it leaves."""
+    records = [delta(f"s{n}", 0, f"Sentence {n} is judged slowly. " * 3, True) for n in range(150)]
+    async with Bed(kafka, unique, tmp_path, partitions=1, score_ms=400) as bed:
+        await bed.produce(records)
+        async with Tail(kafka, bed.settings.decisions_topic) as tail:
+            worker = bed.start_worker()
+            await tail.has_records(1)
+            worker.signal(signal.SIGTERM)
+            assert tail.finals < 150, "too fast to show anything"
+            assert await worker.exit_code(10.0) == 0
+            await tail.has_finals(150, timeout_s=5.0)
+        assert await bed.committed() == {0: 150}
+
+
+async def test_sigterm_ends_a_worker_whatever_it_waits_for(unique: str, tmp_path: Path) -> None:
+    """While it joins, and while the broker hangs, SIGTERM ends a worker in time, with exit 0."""
+    with KafkaCluster(1) as cluster:
+        servers = cluster.bootstrap_servers
+        async with Bed(servers, unique, tmp_path, shutdown_timeout_ms=6_000) as bed:
+            first = bed.start_worker()
+            await first.has_loaded(bed.partitions)
+            for pause_s in (1.0, 2.0, 3.0):
+                joining = bed.start_worker()
+                await asyncio.sleep(pause_s)
+                joining.signal(signal.SIGTERM)
+                assert await joining.exit_code(6.0) in {0, -signal.SIGTERM}  # -15: while it imports
+            records = make_load(random.Random(12), 100).records
+            async with in_background(bed.produce(records, per_second=500)):
+                await asyncio.sleep(1.0)
+            await bed.produce([delta("one more", 0, "Some text. " * 9)])
+            os.kill(cluster.pid(1), signal.SIGSTOP)
+            first.signal(signal.SIGTERM)
+            try:
+                assert await first.exit_code(6.0) == 0, first.tail()
+            finally:
+                os.kill(cluster.pid(1), signal.SIGCONT)
 
 
 async def test_closed_streams_stay_closed_across_a_kill(
@@ -307,7 +346,8 @@ async def test_too_many_unreadable_in_a_row_stop_the_worker(
             good = [delta(f"s{n}", 0, "A good one. " * 9, True) for n in range(10)]
             await bed.produce(good)
             await tail.has_finals(10)
-            await bed.produce(Input(b"k", b"{rubbish") for _ in range(60))
+            rubbish = [Input(b"k", b"{rubbish")] * 60
+            await bed.produce(rubbish, per_second=60)  # several polls and transactions
             assert await worker.exit_code(20.0) == 1
             assert "51 unreadable records in a row" in worker.tail()
             assert "max_dead_letters_in_row" in worker.tail()

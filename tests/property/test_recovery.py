@@ -1,12 +1,14 @@
 """Kills at any instant change nothing: the lane's half of exactly once."""
 
 import random
+from typing import Literal
 
 from hypothesis import HealthCheck, given, note
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.lanes import Drive, essence, interleaved, settings
+from worker.settings import TenantPolicy
 
 KILL_SHARE = 0.1
 
@@ -17,14 +19,17 @@ KILL_SHARE = 0.1
     lookahead=st.integers(0, 2),
     context=st.integers(0, 3),
     rewind=st.sampled_from([5, 40, 10_000]),
+    action=st.sampled_from(["block", "revise"]),
 )
-def test_kills_change_no_decision(seed: int, lookahead: int, context: int, rewind: int) -> None:
+def test_kills_change_no_decision(
+    seed: int, lookahead: int, context: int, rewind: int, action: Literal["block", "revise"]
+) -> None:
     """With kills before and after commits, every segment has the decision of an undisturbed run,
     once, in order; every unreadable record is one dead letter."""
     log = interleaved(random.Random(seed), streams=8)
     chosen = settings(
         lookahead_segments=lookahead, context_segments=context, rewind_records=rewind,
-        commit_interval_ms=100,
+        commit_interval_ms=100, tenants={"t": TenantPolicy(actions={"violence": action})},
     )  # fmt: skip
     undisturbed = Drive(log, chosen, seed)
     expected = undisturbed.run()

@@ -265,16 +265,17 @@ async def test_text_that_comes_after_its_release() -> None:
 
 async def test_repeated_decisions_change_nothing() -> None:
     """An at-least-once worker's repeats neither show text twice nor move anything back."""
-    tokens = Tokens("One. Two. ")
-    guarded, wire = guard(tokens)
+    tokens = Tokens("One. Two. Three")
+    guarded, wire = guard(tokens, HOLDING._replace(apply_revisions=True))
     reader = Reader(guarded)
-    await until(lambda: wire.text == "One. Two. ")
+    await until(lambda: wire.text == "One. Two. Three")
+    both = decision(0, 0, 5), decision(1, 5, 10, "revise", revision="[2] ")
     for which in (0, 0, 1, 0, 1):
-        guarded.feed(decision(which, 5 * which, 5 * which + 5))
-    await settled()
-    assert reader.text == "One. Two. "
-    assert guarded.decision is not None
-    assert guarded.decision.segment == 1
+        guarded.feed(both[which])
+        await settled()
+    assert reader.text == "One. [2] "
+    assert guarded.decision is both[1]
+    assert len(guarded.revisions) == 1
     await guarded.aclose()
     await reader.task
 

@@ -86,8 +86,10 @@ async def test_a_wrong_score_blocks_as_unavailable(bad: float) -> None:
         scores[:, 2] = bad
         return scores
 
-    (decision,) = await decide(Scripted(wrong), delta("s", 0, TEXT, True))
+    detector = Scripted(wrong)
+    (decision,) = await decide(detector, delta("s", 0, TEXT, True))
     assert (decision.verdict, decision.reason) == ("block", "unavailable")
+    assert len(detector.batches) > 1  # tried again before it gave up
 
 
 async def test_a_matrix_of_the_wrong_shape_blocks() -> None:
