@@ -129,7 +129,7 @@ class Stream:
         "context_key", "conversation", "cut", "decided", "decided_end", "decided_last",
         "decided_marks", "early", "epoch", "finished", "frozen", "gap_since", "index",
         "last_offset", "last_seq",
-        "last_timestamp_ms", "limits", "needed_from", "next_seq", "next_tail", "outbox",
+        "last_timestamp_ms", "limits", "next_seq", "next_tail", "outbox",
         "released_to", "resume", "seen", "stream_id", "tenant", "through",
     )  # fmt: skip
 
@@ -164,7 +164,6 @@ class Stream:
         self.last_timestamp_ms = 0  # Kafka's, of the last delta
         self.last_offset = offset  # of the last delta in sequence
         self.last_seq = 0
-        self.needed_from = offset  # the input offset that a restart must read from
         self.through = offset  # highest offset seen of this stream
 
         self.outbox: deque[Segment] = deque()  # cut, not settled; oldest first

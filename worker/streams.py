@@ -451,7 +451,6 @@ class Lane:
         if stream_id not in self._spilled or stream.resume is not None:
             return orjson.dumps(entry)
         # A later record replaces an earlier one, so a spilled stream's are snapshots from now on.
-        stream.needed_from = self.position
         self._open.need(stream_id, self.position)
         entry |= {"needed_from": self.position, "snapshot": stream.snapshot()}
         return json.dumps(entry).encode()  # escapes lone surrogates, which orjson refuses
@@ -506,7 +505,6 @@ class Lane:
     def _restore(self, stream_id: str, entry: dict[str, Any], now: float) -> list[Segment]:
         snapshot = entry["snapshot"]
         stream = self._new(stream_id, entry["needed_from"])
-        stream.needed_from = entry["needed_from"]
         stream.tenant, stream.channel = snapshot["tenant"], snapshot["channel"]
         stream.conversation = tuple(Turn(*turn) for turn in snapshot["conversation"])
         self._spilled.add(stream_id)

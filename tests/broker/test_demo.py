@@ -101,7 +101,7 @@ def test_demo_tells_its_story_and_leaves_nothing(prepared_kafka: None, scratch: 
             assert " ".join(released).split() == sample.text.split()
     assert re.search(r"ad +blocked .*Selling stolen credit cards", demo.output)
     assert re.search(r"ad +because +illegal activity 1.000 > 0.850 · keyword", demo.output)
-    assert re.search(r"12 of 12 answers .* 11 allowed .* 1 blocked .* ms \(p50\)", demo.output)
+    assert re.search(r"13 of 13 answers .* 12 allowed .* 1 blocked .* ms \(p50\)", demo.output)
     assert "2 workers share 12 partitions" in demo.output
 
 

@@ -12,12 +12,13 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.broker.harness import (
     Bed,
+    Load,
     Outcome,
     Tail,
     WorkerProcess,
@@ -74,7 +75,7 @@ async def test_every_segment_is_decided_once_whatever_is_killed(
             await _kill_all_over(rng, bed, workers, tail, kafka3, killable_valkey)
         produced = time.monotonic()
         _say(f"all is produced; {tail.finals} of {STREAMS} streams are decided")
-        await _decided(tail, STREAMS)
+        await _decided(tail, load, bed)
         _say(f"all is decided, {time.monotonic() - produced:.1f} s later")
         log = await bed.read(bed.settings.outputs_topic)
         await eventually(lambda: _all_committed(bed, log), 30.0, "the offsets reach the log's end")
@@ -143,22 +144,36 @@ async def _respawn(bed: Bed, workers: list[WorkerProcess], slot: int, pause_s: f
     workers[slot] = bed.start_worker()
 
 
-async def _decided(tail: Tail, streams: int) -> None:
+async def _decided(tail: Tail, load: Load, bed: Bed) -> None:
     """Return when all streams are decided. Raises AssertionError where nothing moves any more."""
-    while tail.finals < streams:
+    while tail.finals < len(load.texts):
         before = len(tail.records)
         deadline = time.monotonic() + QUIET_S
-        while len(tail.records) == before:
-            assert time.monotonic() < deadline, f"{tail.finals} of {streams} streams decided"
+        while len(tail.records) == before and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
+        assert len(tail.records) > before, await _what_is_stuck(tail, load, bed)
 
 
-async def _all_committed(bed: Bed, log: list[object]) -> bool:
+async def _what_is_stuck(tail: Tail, load: Load, bed: Bed) -> str:
+    ended = {record.key.decode() for record in tail.records if b'"final":true' in record.value}
+    open_ones = set(load.texts) - ended
+    log = await bed.read(bed.settings.outputs_topic)
+    places = {(r.partition, r.key) for r in log if r.key and r.key.decode() in open_ones}
+    hidden = await bed.read_decisions("read_uncommitted")
+    return (
+        f"{len(open_ones)} streams are not decided, in partitions {sorted({p for p, _ in places})}: "
+        f"{sorted(open_ones)[:5]}; committed {await bed.committed()}, ends {_ends(log)}, "
+        f"{len(hidden)} decisions sent, {len(tail.records)} of them committed"
+    )
+
+
+def _ends(log: Sequence[Any]) -> dict[int, int]:
+    return {record.partition: record.offset + 1 for record in log}
+
+
+async def _all_committed(bed: Bed, log: Sequence[Any]) -> bool:
     """Whether nothing is needed any more: every offset is at its partition's end."""
-    ends: dict[int, int] = {}
-    for record in log:
-        ends[record.partition] = record.offset + 1  # type: ignore[attr-defined]  # untyped record
-    return await bed.committed() == ends
+    return await bed.committed() == _ends(log)
 
 
 def _report(tail: Tail, found: Outcome, start: float, produced: float, bed: Bed) -> None:
