@@ -41,6 +41,7 @@ class Settings:
     threads: int = 2
     save_every: int = 100  # steps
     rows: int = 0  # at most, for a quick try; 0 = all
+    start_from: str = ""  # a model.pt of an earlier run; empty: the base
 
 
 class Example(tuple[Window, np.ndarray, np.ndarray]):
@@ -51,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, or goes on with a run that was cut short."""
     arguments = _arguments(argv)
     settings = Settings(
-        epochs=arguments.epochs, seed=arguments.seed, threads=arguments.threads, rows=arguments.rows
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        threads=arguments.threads,
+        rows=arguments.rows,
+        learning_rate=arguments.learning_rate,
+        start_from=str(arguments.start_from or ""),
     )
     run: Path = arguments.out
     parts = split(read(arguments.data / "permissive"))
@@ -70,6 +76,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--threads", type=int, default=Settings.threads)
     parser.add_argument("--rows", type=int, default=Settings.rows, help="at most; 0 = all")
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--start-from", type=Path, help="model.pt of an earlier run")
     return parser.parse_args(argv)
 
 
@@ -107,6 +115,8 @@ class _Run:
     def __init__(self, run: Path, settings: Settings, steps: int) -> None:
         self.folder, self.settings = run, settings
         self.judge = fresh()
+        if settings.start_from:
+            self.judge.load_state_dict(torch.load(settings.start_from, weights_only=True))
         self.optimiser = torch.optim.AdamW(_groups(self.judge, settings), weight_decay=0.01)
         warm = max(1, int(settings.warm_up * steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(

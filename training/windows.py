@@ -67,7 +67,7 @@ def samples(rows: Iterable[Row], chance: random.Random) -> list[Sample]:
     """Training windows of `rows`, and harmless segments put under other people's requests."""
     rows = list(rows)
     found = [sample for row in rows for sample in _of_row(row, chance)]
-    return found + list(_borrowed_requests(rows, chance))
+    return [*found, *_borrowed_requests(rows, chance), *_turned(rows, chance)]
 
 
 def _of_row(row: Row, chance: random.Random) -> Iterator[Sample]:
@@ -95,6 +95,27 @@ def _harmful_windows(row: Row) -> list[Passage]:
     """Windows that hold enough of a harmful text to be harmful themselves."""
     windows = [p for p in judged(row) if len(p.before) + len(p.text) >= _HARM_SHOWS]
     return windows or [Passage(row.text, "", row.conversation)]
+
+
+def _turned(rows: list[Row], chance: random.Random) -> Iterator[Sample]:
+    """A short text, harmful or not, behind an ordinary answer's beginning: 6,000 such passages.
+
+    Most harmful rows are harmful throughout, and posts have no conversation. The worker meets
+    answers that turn: the label is that of the segment, and the change of style is on both sides.
+    """
+    plain = [row for row in rows if row.source in sources.SOUND and row.kind == "reply"]
+    short = [row for row in rows if row.kind != "prompt" and 40 <= len(row.text) <= _LONGEST]
+    harmful = [row for row in short if max(row.targets) > 0]
+    harmless = [row for row in short if max(row.targets) == 0 and row.weights[-1] > 0]
+    if not (plain and harmful and harmless):
+        return
+    for number in range(6_000):
+        turned = chance.choice(harmful if number % 2 else harmless)
+        reply = chance.choice(plain)
+        opening = chance.choice(judged(reply))
+        before = "" if number % 3 == 0 else f"{opening.text.rstrip()} "
+        passage = Passage(turned.text, before, reply.conversation)
+        yield Sample(passage, turned.targets, turned.weights, "turned")
 
 
 def _borrowed_requests(rows: list[Row], chance: random.Random) -> Iterator[Sample]:

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from worker.topics import desired_topics, ensure_topics
 SAMPLES = Path(__file__).with_name("samples.jsonl")
 _WORKERS = 2
 _PINS = 4  # of the gate, so that the streams meet both workers
-_TOKEN_S = 0.035  # about 170 characters a second
+_TOKEN_S = 0.028  # about 200 characters a second
 _TICK_S = 0.08
 _READY_S = 60.0  # for the workers to take their partitions
 _LEAVE_S = 6.0  # for them to drain and leave
@@ -63,23 +63,28 @@ async def play(
     for name in (signal.SIGTERM, signal.SIGHUP):  # Ctrl-C does so by itself
         loop.add_signal_handler(name, lambda: task and task.cancel())
     view.progress("starting Valkey and Apache Kafka")
-    async with local_services(
-        bootstrap_servers=_named(settings, "bootstrap_servers"),
-        redis_url=_named(settings, "redis_url"), progress=_throttled(view.progress),
-    ) as services:  # fmt: skip
-        settings = settings.model_copy(update={"bootstrap_servers": services.bootstrap_servers})
-        view.progress("creating topics")
-        count = await _create_topics(settings)
-        view.progress(f"starting {_WORKERS} workers")
-        async with _workers(config, services) as crew:
-            board.workers = await crew.ready(count)
-            async with Gate(settings, partitions=_PINS) as gate:
-                view.begin()
-                await _play_all(gate, board, view, crew)
-            view.finish()
-            if keep_running is not None:
-                keep_running(services.bootstrap_servers)
-                await crew.watch()
+    with _crew() as crew:  # first, so that they load while the servers start
+        async with local_services(
+            bootstrap_servers=_named(settings, "bootstrap_servers"),
+            redis_url=_named(settings, "redis_url"), progress=_throttled(view.progress),
+        ) as services:  # fmt: skip
+            settings = settings.model_copy(update={"bootstrap_servers": services.bootstrap_servers})
+            view.progress("creating topics")
+            count = await _create_topics(settings)
+            view.progress(f"starting {_WORKERS} workers")
+            crew.start(config, services)
+            try:
+                board.workers = await crew.ready(count)
+                async with Gate(settings, partitions=_PINS) as gate:
+                    await _warm_up(gate)
+                    view.begin()
+                    await _play_all(gate, board, view, crew)
+                view.finish()
+                if keep_running is not None:
+                    keep_running(services.bootstrap_servers)
+                    await crew.watch()
+            finally:
+                await crew.leave()
 
 
 _GUIDE = """
@@ -156,28 +161,51 @@ async def _create_topics(settings: Settings) -> int:
 # -- workers --------------------------------------------------------------------------------------
 
 
-def _start(spec: str) -> None:
-    """Runs in the worker's process: become `tidegate run`, in the folder where the demo is."""
+def _wait_and_run(order_file: str, code: str) -> None:
+    """Runs in the worker's process: load, wait for the order, become `tidegate run`."""
     import json
     import os
     import sys
+    import time
 
-    told = json.loads(spec)
-    os.environ.update(told["environment"])
-    os.chdir(told["folder"])
-    sys.path.insert(0, told["code"])
-    sys.argv = ["tidegate", "run", *told["arguments"]]
-    from worker.cli import main
+    sys.path.insert(0, code)
+    from worker import cli, consume, pipeline  # noqa: F401 - they take a second
 
-    main()
+    while not os.path.exists(order_file):  # noqa: PTH110 - self-contained
+        time.sleep(0.02)
+    with open(order_file) as file:  # noqa: PTH123 - as above
+        order = json.load(file)
+    os.environ.update(order["environment"])
+    os.chdir(order["folder"])
+    sys.argv = ["tidegate", "run", *order["arguments"]]
+    cli.main()
 
 
 class Crew:
     """The demo's workers, each a `tidegate run` of its own."""
 
-    def __init__(self, guard: _Guard, command: Sequence[str]) -> None:
+    def __init__(self, guard: _Guard) -> None:
+        self._order = guard.directory / "order.json"
+        source = inspect.getsource(_wait_and_run)
+        source += f"\n_wait_and_run({str(self._order)!r}, {str(HERE)!r})"
         self._logs = [guard.directory / f"worker-{n + 1}.log" for n in range(_WORKERS)]
-        self._processes = [guard.spawn(command, log) for log in self._logs]
+        self._processes = [guard.spawn([sys.executable, "-c", source], log) for log in self._logs]
+
+    def start(self, config: Path | None, services: LocalServices) -> None:
+        """Have them join: same settings as ours, and the servers that were started here."""
+        file = config or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
+        environment = {"TIDEGATE_LOG_LEVEL": "INFO"}  # `ready` reads their logs
+        if services.kafka is not None:
+            environment["TIDEGATE_BOOTSTRAP_SERVERS"] = services.bootstrap_servers
+        if services.valkey is not None:
+            environment["TIDEGATE_REDIS_URL"] = services.redis_url
+        order = {
+            "environment": environment, "folder": str(Path.cwd()),
+            "arguments": ["--config", str(file.absolute())] if file else [],
+        }  # fmt: skip
+        partial = self._order.with_suffix(".partial")
+        partial.write_text(json.dumps(order), encoding="utf-8")
+        partial.replace(self._order)
 
     def check(self) -> None:
         """Raise Stop where a worker has ended."""
@@ -215,28 +243,12 @@ class Crew:
             await asyncio.sleep(0.02)
 
 
-@contextlib.asynccontextmanager
-async def _workers(config: Path | None, services: LocalServices) -> AsyncIterator[Crew]:
+@contextlib.contextmanager
+def _crew() -> Iterator[Crew]:
     """The workers, in a guard: they end with us, in whatever way we do."""
-    file = config or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
-    environment = {"TIDEGATE_LOG_LEVEL": "INFO"}  # `ready` reads their logs
-    if services.kafka is not None:
-        environment["TIDEGATE_BOOTSTRAP_SERVERS"] = services.bootstrap_servers
-    if services.valkey is not None:
-        environment["TIDEGATE_REDIS_URL"] = services.redis_url
-    spec = {
-        "environment": environment, "folder": str(Path.cwd()), "code": str(HERE),
-        "arguments": ["--config", str(file.absolute())] if file else [],
-    }  # fmt: skip
-    source = f"{inspect.getsource(_start)}\n_start({json.dumps(spec)!r})"
     guard = _Guard("workers", None)
     try:
-        crew = Crew(guard, [sys.executable, "-c", source])
-        yield crew
-        await crew.leave()
-    except asyncio.CancelledError:
-        await crew.leave()
-        raise
+        yield Crew(guard)
     finally:
         guard.close()
 
@@ -284,6 +296,19 @@ async def _play_all(gate: Gate, board: Board, view: View, crew: Crew) -> None:
         lanes = [tasks.create_task(lane()) for _ in range(view.panels)]
         await asyncio.gather(*lanes)
         looking.cancel()
+
+
+async def _warm_up(gate: Gate) -> None:
+    """A stream through each partition: a first transaction and a first batch take longer."""
+
+    async def greeting() -> AsyncIterator[str]:
+        yield "Hello, how can I help you?"
+
+    async def play() -> None:
+        async for _ in gate.guard(greeting()):
+            pass
+
+    await asyncio.gather(*(play() for _ in gate.partitions))
 
 
 async def _play_one(gate: Gate, show: Show, view: View, run: str) -> None:

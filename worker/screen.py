@@ -210,7 +210,7 @@ def view_for(console: Console, board: Board) -> View:
 class _Panels:
     """Panels for the streams under way, the latest results, the figures."""
 
-    linger_s = 1.1
+    linger_s = 0.9
 
     def __init__(self, console: Console, board: Board) -> None:
         self._console = console
@@ -319,6 +319,16 @@ def _state(show: Show) -> str:
     return f"[yellow]{escape(show.verdict)}[/]"
 
 
+def _brief(show: Show) -> str:
+    """Markup for the table: narrower."""
+    if show.verdict == "allow":
+        harmful = max((d.harmful or 0.0 for d in show.decisions), default=0.0)
+        return f"[green]✔[/] harmful {harmful:.2f}{_opinion(show)}"
+    if show.stopped:
+        return f"[red]✖ {escape(_why(show.decisions[-1]))}[/]{_opinion(show)}"
+    return _state(show)
+
+
 def _opinion(show: Show) -> str:
     if show.as_it_should:
         return ""
@@ -367,14 +377,14 @@ def _cropped(text: str) -> Text:
 def _summary(board: Board) -> RenderableType:
     """A line for each answer, and the figures."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column("user asked", no_wrap=True, overflow="ellipsis", max_width=29)
-    table.add_column("shown", justify="right", no_wrap=True, min_width=7)
+    table.add_column("user asked", no_wrap=True, overflow="ellipsis", max_width=32)
+    table.add_column("shown", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True, overflow="ellipsis")
-    table.add_column("ms held", justify="right", no_wrap=True, min_width=7)
+    table.add_column("ms held", justify="right", no_wrap=True)
     for show in board.shows:
         shown = f"{len(show.shown)}/{len(show.sample.text)}"
         held = f"{max(show.held_ms):.0f}" if show.held_ms else ""
-        table.add_row(Text(show.question), shown, Text.from_markup(_state(show)), held)
+        table.add_row(Text(show.question), shown, Text.from_markup(_brief(show)), held)
     return Group(table, Text(board.counts()), Text(board.spread()))
 
 

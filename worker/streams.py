@@ -425,7 +425,8 @@ class Lane:
         return letters
 
     def _offset(self) -> int:
-        lowest = self._open.lowest(self.position)
+        # A stream restored from a snapshot may need less than what is still to be read of others.
+        lowest = min(self.position, self._open.lowest(self.position))
         return min(lowest, self._dead[0].offset) if self._dead else lowest
 
     def _spill(self) -> None:

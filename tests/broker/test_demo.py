@@ -1,5 +1,6 @@
 """The demo as a user runs it: a process of its own, with real servers."""
 
+import json
 import os
 import re
 import signal
@@ -13,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from detectors.load import load_detectors
+from tests.fakes import decide_records
 from worker.demo import read_samples
-from worker.settings import HERE
+from worker.settings import HERE, load
 
 CONSTANT = '["python:detectors.constant:Constant"]'  # only the keywords block then
 
@@ -160,3 +163,24 @@ def test_samples_are_what_the_demo_needs() -> None:
         assert sample.context[-1].role == "user"
         assert sample.should in {"allow", "block"}
         assert len(sample.text) <= 380
+
+
+async def test_the_shipped_model_tells_the_story() -> None:
+    """No harmless sample is blocked, few harmful ones pass, and one turns harmful half-way."""
+    settings, samples = load(), read_samples()
+    records = [
+        json.dumps({
+            "stream_id": sample.name, "seq": 0, "delta": sample.text, "final": True,
+            "context": [{"role": turn.role, "content": turn.content} for turn in sample.context],
+        }).encode()
+        for sample in samples
+    ]  # fmt: skip
+    (detector,) = load_detectors(settings.detectors, settings.models)
+    decided = await decide_records(settings, records, detector)
+    last = {name: decisions[-1] for name, decisions in decided.items()}
+    wrong = {sample.name for sample in samples if last[sample.name].verdict != sample.should}
+    assert not {sample.name for sample in samples if sample.should == "allow"} & wrong
+    assert len(wrong) <= 2
+    assert last["neighbour"].verdict == "block"
+    assert last["neighbour"].released_to == last["neighbour"].start > 0
+    assert last["ad"].stage == "keyword"

@@ -161,8 +161,9 @@ async def _what_is_stuck(tail: Tail, load: Load, bed: Bed) -> str:
     places = {(r.partition, r.key) for r in log if r.key and r.key.decode() in open_ones}
     hidden = await bed.read_decisions("read_uncommitted")
     return (
-        f"{len(open_ones)} streams are not decided, in partitions {sorted({p for p, _ in places})}: "
-        f"{sorted(open_ones)[:5]}; committed {await bed.committed()}, ends {_ends(log)}, "
+        f"{len(open_ones)} streams are not decided, such as {sorted(open_ones)[:5]}, in "
+        f"partitions {sorted({partition for partition, _ in places})}; "
+        f"committed {await bed.committed()}, ends {_ends(log)}, "
         f"{len(hidden)} decisions sent, {len(tail.records)} of them committed"
     )
 

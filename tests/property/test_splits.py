@@ -18,6 +18,7 @@ from worker.events import Decision
 from worker.settings import Settings, TenantPolicy
 
 ACTIONS = {"misinformation": "revise", "privacy_violation": "revise", "sexual_content": "flag"}
+REVISED = dict.fromkeys(oracle.HARMS, "revise")
 CONVERSATION = (("user", "How does one do it? \ud83d"), ("assistant", "Like so."))
 SHORT = oracle.Rules(4, 10, short_chars=3, actions=ACTIONS)
 RULES = [
@@ -142,7 +143,8 @@ def any_rules(draw: st.DrawFn) -> oracle.Rules:
     min_chars = draw(st.integers(1, 8))
     return oracle.Rules(
         min_chars, draw(st.integers(2 * min_chars, 24)), draw(st.integers(0, 3)),
-        draw(st.integers(0, 2)), draw(st.integers(0, min_chars)), draw(st.integers(0, 6)), ACTIONS,
+        draw(st.integers(0, 2)), draw(st.integers(0, min_chars)), draw(st.integers(0, 6)),
+        draw(st.sampled_from([ACTIONS, REVISED])),
     )  # fmt: skip
 
 
