@@ -38,7 +38,7 @@ _TAKE_TIMEOUT_S = 60.0  # to fence, read back and load; then again
 _FRESH_S = 2.0  # an answer of the broker this old no longer proves that the log is read
 _MAX_BACKLOG = 5_000  # decisions of a lane that wait for the broker
 _MAX_FAILURES = 20  # in a row, of one partition or of polling, that waiting will not mend
-_DRAIN, _LEAVE = 0.4, 0.2  # of shutdown_timeout_ms; outlets and the cache take up to 2 s each
+_DRAIN, _LEAVE = 0.4, 0.2  # of shutdown_timeout_ms; closing the outlets takes up to 0.2 of it
 _START_S = 60.0  # how long brokers may be out of reach when a worker starts
 _SETTLE_S = 2.0  # a new leader may not yet show all that is in the log
 

@@ -96,6 +96,8 @@ class Pipeline:
         )
         self._batched = asyncio.Event()
         self._outstanding: deque[Work] = deque()  # oldest first, for the hold deadline
+        self._failing: list[Work] = []  # failed at least once
+        self._progress = 0.0  # monotonic seconds of the last scores that came
         self._cache = ScoreCache(
             connect(settings.redis_url.get_secret_value()) if settings.redis_url else None,
             key=settings.cache_key.get_secret_value().encode() if settings.cache_key else None,
@@ -250,7 +252,8 @@ class Pipeline:
             except DetectorError as error:
                 self._failed(batch, error)
                 continue
-            took_ms = (self.clock() - start) * 1e3
+            self._progress = self.clock()
+            took_ms = (self._progress - start) * 1e3
             for work, (scores, stage) in zip(batch, rows, strict=True):
                 work.infer_ms = took_ms
                 self._scored(work, scores, stage)
@@ -280,6 +283,8 @@ class Pipeline:
         log.warning("detector.failed", reason=str(error), segments=len(works))
         loop = asyncio.get_running_loop()
         for work in works:
+            if not work.attempts:
+                self._failing.append(work)
             pause = min(_RETRY_S * 2**work.attempts, _RETRY_MOST_S)
             work.attempts += 1
             work.alone = True
@@ -296,18 +301,29 @@ class Pipeline:
             self._arrived.set()
 
     async def _watch_deadlines(self) -> None:
+        """Give up on segments that failed and still do, and on all when no scores come any more.
+
+        A queue alone is no failure: behind detectors that work text is held, not blocked.
+        """
         hold_s = self.settings.hold_timeout_ms / 1e3
         while True:
             await asyncio.sleep(min(0.02, hold_s / 4))
             now = self.clock()
+            self._failing = [work for work in self._failing if self._wanted(work)]
+            for work in self._failing:
+                if now - work.born >= hold_s:
+                    self._give_up(work)
             while self._outstanding:
                 work = self._outstanding[0]
-                if not work.done and now - work.born < hold_s and self._wanted(work):
-                    break
+                if self._wanted(work):
+                    if now - max(work.born, self._progress) < hold_s:
+                        break
+                    self._give_up(work)
                 self._outstanding.popleft()
-                if not work.done and self._wanted(work):
-                    metrics.UNAVAILABLE.inc()
-                    self._settle(work, work.partial, "policy")
+
+    def _give_up(self, work: Work) -> None:
+        metrics.UNAVAILABLE.inc()
+        self._settle(work, work.partial, "policy")
 
     # -- judgements out -----------------------------------------------------------------------
 

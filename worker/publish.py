@@ -28,7 +28,7 @@ from worker.settings import Settings
 from worker.streams import Output
 
 _BATCH_BYTES = 1 << 20  # of one produce batch; a single larger record still goes
-_STOP_S = 1.5  # a client that cannot reach its broker is left behind after so long
+_STOP = 0.15  # of shutdown_timeout_ms, then a client that cannot reach its broker is left behind
 _HOPELESS = (
     MessageSizeTooLargeError, RecordTooLargeError, TopicAuthorizationFailedError,
     GroupAuthorizationFailedError, ClusterAuthorizationFailedError,
@@ -140,14 +140,15 @@ class _KafkaOutlet:
 
     async def close(self) -> None:
         """Stop the producer, or leave it behind where it hangs."""
+        bound_s = self._settings.shutdown_timeout_ms * _STOP * 1e-3
         try:
-            async with asyncio.timeout(_STOP_S):
+            async with asyncio.timeout(bound_s):
                 await self._producer.stop()
         except (TimeoutError, KafkaError, AssertionError):
             # stop() waits for the broker for ever; without connections nothing waits any more.
             await asyncio.gather(self._producer.client.close(), return_exceptions=True)
             closing = asyncio.ensure_future(self._producer._sender.close())  # noqa: SLF001
-            await asyncio.wait({closing}, timeout=_STOP_S / 4)
+            await asyncio.wait({closing}, timeout=bound_s / 4)
             closing.cancel()
             await asyncio.gather(closing, return_exceptions=True)
 

@@ -133,7 +133,7 @@ class Settings(BaseSettings):
     infer_threads: int = Field(2, ge=1)  # one session, called from this many threads
     max_batch_tokens: int = Field(1_024, ge=1)  # padded; one batch a thread at a time
     batch_deadline_ms: float = Field(0.0, ge=0)  # 0: a free detector never waits for more
-    hold_timeout_ms: int = Field(5_000, ge=1)  # held this long without scores, text is blocked
+    hold_timeout_ms: int = Field(5_000, ge=1)  # a failing or silent detector blocks after so long
     max_waiting_segments: int = Field(2_000, ge=1)  # more pause the partitions
 
     # policy

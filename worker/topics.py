@@ -249,10 +249,7 @@ def _has_leaders(topic: Mapping[str, Any]) -> bool:
 async def _cleanup_policies(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, str]:
     """cleanup.policy of each topic; without those that the broker asked does not know yet."""
     wanted, kind = {"cleanup.policy": ""}, ConfigResourceType.TOPIC
-    resources = [
-        ConfigResource(kind, name, wanted)
-        for name in names
-    ]
+    resources = [ConfigResource(kind, name, wanted) for name in names]
     policies: dict[str, str] = {}
     responses: list[Any] = await admin.describe_configs(resources)
     for response in responses:

@@ -205,7 +205,7 @@ def test_whatever_the_cause(cause: Cause, where: int, keywords: Path) -> None:
     text = "".join(SENTENCE.format(cause.words if i == where else i) for i in range(5))
     watched = Watched([list(text), [text, ""]], lambda: True)
     chosen = settings_of(rules, keywords_file=keywords).model_copy(
-        update={"hold_timeout_ms": 60, "cache_entries": 100}
+        update={"hold_timeout_ms": 800, "cache_entries": 100}
     )
     for stream_id, decisions in watched.run(chosen, BadWord()).items():
         gateway, blocked = watched.gateways[stream_id], decisions[-1]

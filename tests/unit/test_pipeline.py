@@ -116,6 +116,20 @@ async def test_a_detector_that_hangs_blocks_at_the_deadline() -> None:
     assert (decision.verdict, decision.reason) == ("block", "unavailable")
 
 
+async def test_a_queue_alone_blocks_nothing() -> None:
+    """Behind a detector that is slow, but works, text is held for as long as it takes."""
+
+    def slow(batch: Sequence[Encoded]) -> FloatArray:
+        time.sleep(0.03)
+        return fine(batch)
+
+    values = (delta(f"s{n}", 0, f"{TEXT} {n}", True) for n in range(60))
+    start = time.monotonic()
+    decisions = await decide(Scripted(slow), *values, infer_threads=1, max_batch_tokens=1)
+    assert time.monotonic() - start > 2 * HOLD_MS / 1e3
+    assert {it.verdict for it in decisions} == {"allow"}
+
+
 async def test_fail_mode_open_lets_doubt_pass_and_says_so() -> None:
     """Only where the tenant chose it, and the decision names it."""
 
