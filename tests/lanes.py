@@ -76,6 +76,10 @@ class Drive:
         self._pending = self.lane.load(
             self._committed, self._journal, self._now, self._buried_to, self._journal_end
         )
+        if self._random.random() < 0.5:  # what was restored may be settled before a record is read
+            while self._pending:
+                self._judge_one()
+            self._transact(drain=False)
 
     def run(self) -> list[Decision]:
         """Everything that is published, in order. Ends when all is committed."""
@@ -106,6 +110,7 @@ class Drive:
             self.lane.advance(segment.stream, self._now, 5)
 
     def _transact(self, drain: bool) -> None:
+        """Publish what is due, unless a kill comes first or right behind."""
         output = self.lane.take(self._now, drain)
         if output is None:
             return

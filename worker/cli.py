@@ -66,7 +66,7 @@ def configure_logs(level: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("aiokafka").setLevel(logging.ERROR)  # it warns of every retry
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it tells of every retry
 
 
 def run_loop(main_coroutine: Coroutine[Any, Any, None]) -> None:

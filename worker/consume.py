@@ -408,9 +408,11 @@ class Worker(ConsumerRebalanceListener):
     async def _load(self, owned: Owned, committed: int | None, mark: Mark | None) -> None:
         partition = owned.partition
         journal_tp = TopicPartition(self._settings.streams_topic, partition.partition)
-        journal, end = await self._read_journal(journal_tp, mark.journal_from if mark else 0)
-        if committed is None:
-            committed = await self._start_at(partition)
+        end = (await self._consumer.end_offsets([journal_tp]))[journal_tp]
+        begin = mark.journal_from if mark else 0
+        if committed is None:  # a new group has decided nothing, whatever another one journalled
+            committed, begin = await self._start_at(partition), end
+        journal = await self._read_journal(journal_tp, begin, end) if begin < end else {}
         self._epoch += 1
         lane = self._pipeline.lane(partition.topic, partition.partition, self._epoch)
         owned.lane = lane
@@ -441,9 +443,9 @@ class Worker(ConsumerRebalanceListener):
         return begins[partition]
 
     async def _read_journal(
-        self, partition: TopicPartition, begin: int
-    ) -> tuple[dict[str, tuple[int, bytes]], int]:
-        """The latest record of each stream from `begin` on, and where the journal ends."""
+        self, partition: TopicPartition, begin: int, end: int
+    ) -> dict[str, tuple[int, bytes]]:
+        """The latest record of each stream from `begin` up to `end`."""
         reader = AIOKafkaConsumer(
             **client_settings(self._settings), enable_auto_commit=False,
             auto_offset_reset="earliest", isolation_level="read_committed",
@@ -452,9 +454,8 @@ class Worker(ConsumerRebalanceListener):
         await reader.start()
         try:
             reader.assign([partition])
-            end = (await reader.end_offsets([partition]))[partition]
             first = (await reader.beginning_offsets([partition]))[partition]
-            reader.seek(partition, max(first, min(begin, end)))
+            reader.seek(partition, max(first, begin))
             # Position, not the last record, tells the end: markers and holes have offsets too.
             while await reader.position(partition) < end:
                 for record in (await reader.getmany(timeout_ms=500)).get(partition, ()):
@@ -465,7 +466,7 @@ class Worker(ConsumerRebalanceListener):
         finally:
             async with asyncio.timeout(5):
                 await reader.stop()
-        return entries, end
+        return entries
 
     # -- decisions out ------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from rich.text import Text
 from worker.errors import Stop
 from worker.gate import Gate
 from worker.guarded import GateError
-from worker.local import LocalServices, _Guard, _tail, local_services, prepare_kafka
+from worker.local import KafkaCluster, LocalServices, _Guard, _tail, local_services, prepare_kafka
 from worker.screen import Board, Sample, Show, View
 from worker.settings import DEFAULT_FILE, HERE, Settings
 from worker.topics import desired_topics, ensure_topics
@@ -78,7 +78,7 @@ async def play(
                 async with Gate(settings, partitions=_PINS) as gate:
                     await _warm_up(gate)
                     view.begin()
-                    await _play_all(gate, board, view, crew)
+                    await _play_all(gate, board, view, crew.check)
                 view.finish()
                 if keep_running is not None:
                     keep_running(services.bootstrap_servers)
@@ -185,6 +185,7 @@ class Crew:
     """The demo's workers, each a `tidegate run` of its own."""
 
     def __init__(self, guard: _Guard) -> None:
+        self._kafka: KafkaCluster | None = None
         self._order = guard.directory / "order.json"
         source = inspect.getsource(_wait_and_run)
         source += f"\n_wait_and_run({str(self._order)!r}, {str(HERE)!r})"
@@ -193,6 +194,7 @@ class Crew:
 
     def start(self, config: Path | None, services: LocalServices) -> None:
         """Have them join: same settings as ours, and the servers that were started here."""
+        self._kafka = services.kafka
         file = config or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
         environment = {"TIDEGATE_LOG_LEVEL": "INFO"}  # `ready` reads their logs
         if services.kafka is not None:
@@ -208,7 +210,9 @@ class Crew:
         partial.replace(self._order)
 
     def check(self) -> None:
-        """Raise Stop where a worker has ended."""
+        """Raise Stop where a worker or our own Kafka has ended."""
+        if self._kafka is not None and not self._kafka.running:
+            raise Stop(f"Apache Kafka has ended:\n{_tail(self._kafka.log(1))}")
         for process, log in zip(self._processes, self._logs, strict=True):
             if process.poll() is not None:
                 raise Stop(f"a worker ended with exit code {process.returncode}:\n{_tail(log)}")
@@ -277,8 +281,8 @@ def _events(log: Path) -> Iterator[dict[str, Any]]:
 # -- streams --------------------------------------------------------------------------------------
 
 
-async def _play_all(gate: Gate, board: Board, view: View, crew: Crew) -> None:
-    """All samples, as many at once as the view has room for."""
+async def _play_all(gate: Gate, board: Board, view: View, check: Callable[[], None]) -> None:
+    """All samples, as many at once as the view has room for. Raises what `check` does."""
     waiting, run = iter(board.shows), uuid.uuid4().hex[:8]
 
     async def lane() -> None:
@@ -287,7 +291,7 @@ async def _play_all(gate: Gate, board: Board, view: View, crew: Crew) -> None:
 
     async def look() -> None:
         while True:
-            crew.check()
+            check()
             view.tick()
             await asyncio.sleep(_TICK_S)
 

@@ -31,7 +31,7 @@ class GateError(TidegateError):
 
 
 class GateTimeout(GateError):
-    """A decision that was due did not come."""
+    """A decision that was due did not come, or a delta could not be sent."""
 
 
 class GateClosed(GateError):
@@ -305,11 +305,21 @@ class Guarded:
                 text, self._unsent = self._unsent, ""
                 self._sent_final = final = self._tokens_ended
                 seq, self._seq = self._seq, self._seq + 1
-                await self._send(seq, text, final)
+                await self._send_in_time(seq, text, final)
                 self._sent_to += len(text)
                 self._note_due()
         except Exception as error:  # noqa: BLE001 - it is raised where the stream is read
             self.fail(error)
+
+    async def _send_in_time(self, seq: int, text: str, final: bool) -> None:
+        """Send a delta. Raises GateTimeout: a client may try to reach its broker for ever."""
+        timeout_s = self._holding.decision_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._send(seq, text, final)
+        except TimeoutError as error:
+            msg = f"{self.stream_id}: nobody took delta {seq} for {timeout_s:g} s"
+            raise GateTimeout(msg) from error
 
     async def _wait_for_work(self) -> None:
         """Return when there is text or the end to send, or it is time for a sign of life."""

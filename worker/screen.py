@@ -380,10 +380,10 @@ def _summary(board: Board) -> RenderableType:
     table.add_column("user asked", no_wrap=True, overflow="ellipsis", max_width=32)
     table.add_column("shown", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True, overflow="ellipsis")
-    table.add_column("ms held", justify="right", no_wrap=True)
+    table.add_column("held", justify="right", no_wrap=True)
     for show in board.shows:
         shown = f"{len(show.shown)}/{len(show.sample.text)}"
-        held = f"{max(show.held_ms):.0f}" if show.held_ms else ""
+        held = f"{max(show.held_ms):.0f} ms" if show.held_ms else ""
         table.add_row(Text(show.question), shown, Text.from_markup(_brief(show)), held)
     return Group(table, Text(board.counts()), Text(board.spread()))
 

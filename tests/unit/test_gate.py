@@ -367,6 +367,19 @@ async def test_a_broken_wire_is_raised() -> None:
     assert tokens.closed
 
 
+async def test_a_wire_that_hangs() -> None:
+    """Sending that takes for ever, as a client does whose broker is gone, ends the stream."""
+
+    async def hang(_seq: int, _text: str, _final: bool) -> None:
+        await asyncio.Event().wait()
+
+    tokens = Tokens("Hello")
+    guarded = Guarded(tokens(), hang, "s", HOLDING._replace(decision_timeout_s=0.05))
+    with pytest.raises(GateTimeout, match="nobody took delta 0"):
+        await Reader(guarded).task
+    assert tokens.closed
+
+
 async def test_streams_of_clients_that_only_have_close() -> None:
     """A client's stream without aclose is closed with its own `close`."""
 
