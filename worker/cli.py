@@ -112,19 +112,9 @@ def topics(config: Config = None) -> None:
 
 
 async def _topics(settings: Settings) -> None:
-    from aiokafka.admin import AIOKafkaAdminClient
+    from worker.topics import create_topics
 
-    from worker.publish import client_settings
-    from worker.topics import desired_topics, ensure_topics
-
-    admin = AIOKafkaAdminClient(**client_settings(settings))
-    await admin.start()
-    try:
-        report = await ensure_topics(
-            admin, desired_topics(settings), settings.partitions, settings.replication_factor
-        )
-    finally:
-        await admin.close()
+    report = await create_topics(settings)
     for name in report.created:
         _err.print(f"created {name}")
     for name in report.checked:

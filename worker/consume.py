@@ -26,6 +26,7 @@ from worker.publish import (
     Outlet,
     TransactionalOutlet,
     client_settings,
+    finish,
 )
 from worker.settings import Settings
 from worker.streams import Lane
@@ -147,16 +148,10 @@ class Worker(ConsumerRebalanceListener):
     async def _leave(self) -> None:
         """Leave the group within the time that is left; aiokafka may hang here."""
         bound_s = self._settings.shutdown_timeout_ms * 1e-3
-        clients: list[tuple[str, Callable[[], Awaitable[None]], float]] = [
-            ("consumer", self._consumer.stop, _LEAVE),
-            ("admin", self._admin.close, _LEAVE / 4),
-        ]
-        for client, close, share in clients:
-            try:
-                async with asyncio.timeout(bound_s * share):
-                    await close()
-            except (TimeoutError, KafkaError):
-                log.warning("worker.left_behind", client=client)
+        if not await finish(self._consumer.stop(), bound_s * _LEAVE):
+            log.warning("worker.left_behind", client="consumer")
+        if not await finish(self._admin.close(), bound_s * _LEAVE / 4):
+            log.warning("worker.left_behind", client="admin")
 
     async def _check_topics(self) -> None:
         """Co-partitioning is what gateways and recovery rest on: refuse to run without."""

@@ -27,7 +27,7 @@ from worker.guarded import GateError
 from worker.local import KafkaCluster, LocalServices, _Guard, _tail, local_services, prepare_kafka
 from worker.screen import Board, Sample, Show, View
 from worker.settings import DEFAULT_FILE, HERE, Settings
-from worker.topics import desired_topics, ensure_topics
+from worker.topics import create_topics
 
 SAMPLES = Path(__file__).with_name("samples.jsonl")
 _WORKERS = 2
@@ -93,15 +93,14 @@ The system stays up until Ctrl-C. In another terminal:
   export TIDEGATE_BOOTSTRAP_SERVERS={servers}
   {python} - <<'END'
   import asyncio
-  from worker.gate import Gate
-  from worker.settings import load
+  from tidegate import Gate, Settings
 
   async def tokens():
       for word in "Hello there, how can I help you today?".split(" "):
           yield word + " "
 
   async def main():
-      async with Gate(load()) as gate:
+      async with Gate(Settings()) as gate:
           guarded = gate.guard(tokens(), context=[("user", "Hi!")])
           async for piece in guarded:
               print(piece)
@@ -143,19 +142,7 @@ def _throttled(progress: Callable[[str], None]) -> Callable[[str], None]:
 
 async def _create_topics(settings: Settings) -> int:
     """The number of partitions."""
-    from aiokafka.admin import AIOKafkaAdminClient
-
-    from worker.publish import client_settings
-
-    admin = AIOKafkaAdminClient(**client_settings(settings))
-    await admin.start()
-    try:
-        report = await ensure_topics(
-            admin, desired_topics(settings), settings.partitions, settings.replication_factor
-        )
-    finally:
-        await admin.close()
-    return report.partitions
+    return (await create_topics(settings)).partitions
 
 
 # -- workers --------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from aiokafka.errors import KafkaError
 from worker.errors import Stop
 from worker.events import MAX_ID_CHARS, Channel, Decision
 from worker.guarded import GateError, Guarded, Holding
-from worker.publish import client_settings
+from worker.publish import client_settings, finish
 from worker.settings import Settings
 
 log = structlog.get_logger()
@@ -238,11 +238,7 @@ async def _end(reader: "asyncio.Task[None]") -> None:
 
 
 async def _stop(client: Any) -> None:
-    """Stop a client; where its broker is gone it may hang, or raise its own CancelledError."""
-    stopping = asyncio.create_task(client.stop())
-    await asyncio.wait([stopping], timeout=_STOP_S)
-    if not stopping.done() or stopping.cancelled() or stopping.exception():
-        stopping.cancel()
+    if not await finish(client.stop(), _STOP_S):
         log.warning("gate.left_behind", client=type(client).__name__)
 
 

@@ -4,7 +4,7 @@ An Outlet belongs to one lane. Opening it fences whatever published for the part
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -14,7 +14,6 @@ from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
     InvalidProducerEpoch,
-    KafkaError,
     MessageSizeTooLargeError,
     ProducerFenced,
     RecordTooLargeError,
@@ -117,6 +116,17 @@ def client_settings(settings: Settings) -> dict[str, Any]:
     return common
 
 
+async def finish(closing: Coroutine[Any, Any, Any], bound_s: float) -> bool:
+    """Whether it ended well within the bound. aiokafka's clients may hang while they close, where
+    their broker is gone, or let a CancelledError of their own escape. Never raises."""
+    task = asyncio.create_task(closing)
+    await asyncio.wait({task}, timeout=bound_s)
+    if task.done() and not task.cancelled() and task.exception() is None:
+        return True
+    task.cancel()
+    return False
+
+
 class _KafkaOutlet:
     """What both kinds of delivery share."""
 
@@ -141,16 +151,10 @@ class _KafkaOutlet:
     async def close(self) -> None:
         """Stop the producer, or leave it behind where it hangs."""
         bound_s = self._settings.shutdown_timeout_ms * _STOP * 1e-3
-        try:
-            async with asyncio.timeout(bound_s):
-                await self._producer.stop()
-        except (TimeoutError, KafkaError, AssertionError):
+        if not await finish(self._producer.stop(), bound_s):
             # stop() waits for the broker for ever; without connections nothing waits any more.
-            await asyncio.gather(self._producer.client.close(), return_exceptions=True)
-            closing = asyncio.ensure_future(self._producer._sender.close())  # noqa: SLF001
-            await asyncio.wait({closing}, timeout=bound_s / 4)
-            closing.cancel()
-            await asyncio.gather(closing, return_exceptions=True)
+            await finish(self._producer.client.close(), bound_s / 4)
+            await finish(self._producer._sender.close(), bound_s / 4)  # noqa: SLF001
 
     async def _send(self, output: Output) -> list[int]:
         """Produce everything and wait for every acknowledgement; the journal's offsets."""

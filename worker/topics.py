@@ -16,6 +16,8 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import NoError, TopicAlreadyExistsError, UnknownTopicOrPartitionError, for_code
 
 from worker.errors import Stop
+from worker.publish import client_settings
+from worker.settings import Settings
 
 Cleanup = Literal["delete", "compact"]
 
@@ -148,6 +150,18 @@ def co_partitions(
     """
     shared = (existing[s.name].partitions for s in specs if s.co_partitioned and s.name in existing)
     return next(shared, partitions)
+
+
+async def create_topics(settings: Settings) -> TopicReport:
+    """Create or check everything that the settings name. Raises as `ensure_topics`."""
+    admin = AIOKafkaAdminClient(**client_settings(settings))
+    try:
+        await admin.start()
+        return await ensure_topics(
+            admin, desired_topics(settings), settings.partitions, settings.replication_factor
+        )
+    finally:
+        await admin.close()
 
 
 async def ensure_topics(
