@@ -2,7 +2,8 @@
 
 Broker, worker, producer and reader share this machine. Detectors are replaced by a constant,
 transactions are on. A segment is complete when the code point after its last one is there, or the
-stream has ended: `seq` of its decision names that delta, and the clock starts when it is sent.
+stream has ended: `seq` of its decision names that delta, and the clock starts when it is handed to a producer
+that lingers for 2 ms, as the gate's does.
 """
 
 import argparse
@@ -72,10 +73,10 @@ async def read(
 
 
 async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -> list[float]:
-    producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers, linger_ms=0)
+    producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers, linger_ms=2)
     reader = AIOKafkaConsumer(
         settings.decisions_topic, bootstrap_servers=settings.bootstrap_servers,
-        isolation_level="read_committed", auto_offset_reset="latest", fetch_max_wait_ms=100,
+        isolation_level="read_committed", auto_offset_reset="latest", fetch_max_wait_ms=10,
     )  # fmt: skip
     await producer.start()
     await reader.start()
@@ -101,7 +102,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", type=int, default=1_000, help="deltas a second")
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--warm-up", type=float, default=5)
+    parser.add_argument("--warm-up", type=float, default=10)
     parser.add_argument("--partitions", type=int, default=12)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()

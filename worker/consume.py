@@ -98,6 +98,7 @@ class Worker(ConsumerRebalanceListener):
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # the first offset of a new group is sought in _start_at
             isolation_level="read_committed", max_poll_records=settings.max_poll_records,
+            fetch_min_bytes=settings.fetch_min_bytes,
             fetch_max_wait_ms=settings.fetch_max_wait_ms,
             session_timeout_ms=settings.session_timeout_ms,
             heartbeat_interval_ms=settings.heartbeat_interval_ms,
