@@ -2,8 +2,8 @@
 
 Broker, worker, producer and reader share this machine. Detectors are replaced by a constant,
 transactions are on. A segment is complete when the code point after its last one is there, or the
-stream has ended: `seq` of its decision names that delta, and the clock starts when it is handed to a producer
-that lingers for 2 ms, as the gate's does.
+stream has ended: `seq` of its decision names that delta, and the clock starts when it is handed to
+a producer that lingers for 2 ms, as the gate does.
 """
 
 import argparse
