@@ -92,18 +92,22 @@ class Gate:
         return len(self._streams)
 
     def guard(
-        self, tokens: AsyncIterable[str], *, context: Iterable[ContextTurn] = (),
+        self, tokens: AsyncIterable[str], *, context: str | Iterable[ContextTurn] = (),
         tenant: str = "default", channel: Channel = "text", stream_id: str | None = None,
         on_decision: Callable[[Decision], None] = lambda _: None,
     ) -> Guarded:  # fmt: skip
         """The released text of `tokens`, to be iterated once; then `.verdict` and `.decision`.
 
-        context: the conversation before it, oldest turn first. stream_id: never used before; a
-        random one by default. on_decision: called with each decision as it comes.
+        context: the conversation before it, oldest turn first, or the user's question.
+        stream_id: never used before; a random one by default.
+        on_decision: called with each decision as it comes.
         Raises ValueError for what the worker could not read.
         """
         name = stream_id or uuid.uuid4().hex
-        head = _Head(_checked(name), [_turn(turn) for turn in context], _checked(tenant), channel)
+        given: Iterable[ContextTurn] = context if not isinstance(context, str) else ()
+        if isinstance(context, str) and context:
+            given = [("user", context)]
+        head = _Head(_checked(name), [_turn(turn) for turn in given], _checked(tenant), channel)
         if channel not in _CHANNELS:
             raise ValueError(f"channel: {channel!r} is none of {', '.join(_CHANNELS)}")
         key, partition = name.encode(), next(self._next_pin)

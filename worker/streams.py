@@ -126,8 +126,9 @@ class Lane:
         if self._dead_run > self._rules.settings.max_dead_letters_in_row:
             msg = (
                 f"{self.topic}-{self.partition}: {self._dead_run} unreadable records in a row up "
-                f"to offset {letter.offset}, the last one because: {letter.reason}. Nothing is "
-                "committed past them. Mend the producer, or raise max_dead_letters_in_row."
+                f"to offset {letter.offset}, the last because: {letter.reason}. Those that came "
+                "without a pause are neither published nor committed. Mend the producer, or raise "
+                "max_dead_letters_in_row."
             )
             raise Stop(msg)
 
