@@ -123,7 +123,7 @@ async def main() -> None:
         (detector,) = load_detectors(settings.detectors, settings.models)
         worker = start_worker(
             settings, None, TIDEGATE_CACHE_ENTRIES="0", TIDEGATE_HOLD_TIMEOUT_MS="600000",
-            TIDEGATE_MAX_WAITING_SEGMENTS="100000", TIDEGATE_FETCH_MAX_WAIT_MS="500",
+            TIDEGATE_MAX_WAITING_SEGMENTS="100000",
             TIDEGATE_TENANTS=json.dumps({"default": {"actions": dict.fromkeys(_ALL, "flag")}}),
         )  # fmt: skip
         try:
