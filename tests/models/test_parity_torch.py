@@ -28,6 +28,7 @@ def windows() -> list[Window]:
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
     """A checkpoint with an untrained head, its fp32 graph and its int8 graph."""
     import torch
+
     from export.quantize import quantize
     from export.to_onnx import to_onnx
     from training.model import fresh
