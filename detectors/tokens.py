@@ -38,14 +38,17 @@ class PairTokens:
     """Windows of passages. Thread-safe: the tokenizer is only read."""
 
     def __init__(self, tokenizer: bytes, lengths: Lengths = DEFAULT_LENGTHS) -> None:
-        """tokenizer: a tokenizer.json. ValueError if it is unreadable or has no [CLS], [SEP]."""
+        """tokenizer: a tokenizer.json. ValueError if it is unreadable or has no [CLS], [SEP].
+
+        Some vocabularies call them <s> and </s>.
+        """
         self._tokenizer = _read(tokenizer)
         # The turns before a stream are the same for each of its segments. Clipped turns only, so
         # the cache stays below 5 MB.
         self._turn_ids = lru_cache(maxsize=1024)(self._fresh_turn_ids)
         self._lengths = lengths
-        self._cls = self._special("[CLS]")
-        self._sep = self._special("[SEP]")
+        self._cls = self._special("[CLS]", "<s>")
+        self._sep = self._special("[SEP]", "</s>")
         if not 0 <= lengths.overlap < lengths.text:
             raise ValueError(f"overlap {lengths.overlap} must lie in 0..{lengths.text - 1}")
 
@@ -96,11 +99,12 @@ class PairTokens:
         type_ids[len(excerpt) + 2 :] = 1
         return Window(np.array(ids, dtype=np.int64), type_ids)
 
-    def _special(self, token: str) -> int:
-        found: int | None = self._tokenizer.token_to_id(token)
-        if found is None:
-            raise ValueError(f"the tokenizer has no {token}")
-        return found
+    def _special(self, *names: str) -> int:
+        for name in names:
+            found: int | None = self._tokenizer.token_to_id(name)
+            if found is not None:
+                return found
+        raise ValueError(f"the tokenizer has no {names[0]}")
 
 
 def _read(content: bytes) -> Tokenizer:

