@@ -5,17 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from detectors.calibrate import Calibration, calibrated, sigmoid
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.protocol import FloatArray, Window
 from detectors.tokens import PairTokens
+from training.metrics import auprc, auroc, calibration_error, f1, share
 from training.rows import Row
 from training.windows import judged
 
 SURE: Final = 1.0  # an inferred label of less weight trains and calibrates, but does not judge
-_BINS: Final = 10  # of the calibration error
 
 
 class Labelled(NamedTuple):
@@ -88,30 +87,19 @@ def figures(targets: FloatArray, probabilities: FloatArray, threshold: float) ->
     """targets: (M,) 0 or 1; probabilities: (M,)."""
     positives = int(targets.sum())
     negatives = len(targets) - positives
-    both = positives > 0 and negatives > 0
-    above = probabilities > threshold
-    hit = float((above * targets).sum())
-    precision = hit / above.sum() if above.any() else float("nan")
-    recall = hit / positives if positives else float("nan")
+    above = (probabilities > threshold).astype(float)
+    if not len(targets):
+        return Figures(0, 0, *(float("nan"),) * 6)
     return Figures(
         positives,
         negatives,
-        float(average_precision_score(targets, probabilities)) if both else float("nan"),
-        float(roc_auc_score(targets, probabilities)) if both else float("nan"),
-        precision,
-        recall,
-        2 * hit / (above.sum() + positives) if positives else float("nan"),
-        calibration_error(targets, probabilities),
+        float(auprc(targets, probabilities)),
+        float(auroc(targets, probabilities)),
+        float(share(targets[above > 0])),
+        float(share(above[targets > 0])),
+        float(f1(targets, above)),
+        float(calibration_error(targets, probabilities)),
     )
-
-
-def calibration_error(targets: FloatArray, probabilities: FloatArray) -> float:
-    """Expected calibration error over equal-width bins (Guo et al. 2017)."""
-    bins = np.minimum((probabilities * _BINS).astype(int), _BINS - 1)
-    gaps = [
-        abs(float((targets[bins == b] - probabilities[bins == b]).sum())) for b in np.unique(bins)
-    ]
-    return sum(gaps) / max(1, len(targets))
 
 
 def blocked(scored: Scored, calibration: Calibration, thresholds: dict[str, float]) -> FloatArray:
