@@ -1,12 +1,16 @@
 """Passages to token windows: the conversation as side 0, the stream's text as side 1.
 
 [CLS] excerpt of the conversation [SEP] text before + judged text [SEP]
+
+Other encoders write it otherwise, as <s> A </s></s> B </s>; a Layout says how. One that was
+trained on single texts gets the stream's text alone.
 """
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -26,6 +30,22 @@ class Lengths(NamedTuple):
 
 DEFAULT_LENGTHS: Final = Lengths()
 
+Inputs = Literal["pair", "text"]  # text: the model never saw a conversation
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """The special tokens of a window, as ids."""
+
+    start: tuple[int, ...]
+    between: tuple[int, ...]
+    end: tuple[int, ...]
+    types: tuple[int, int] = (0, 1)  # of side 0 and its marks, of side 1 and the end
+    pad: int | None = None  # what fills a batch; None: never padded
+
+    def around(self, inputs: Inputs) -> int:
+        """How many of them a window has."""
+        return len(self.start) + len(self.end) + (len(self.between) if inputs == "pair" else 0)
+
 
 class _Spans(NamedTuple):
     """Tokens of a stream's text and where the judged part of them begins."""
@@ -37,24 +57,31 @@ class _Spans(NamedTuple):
 class PairTokens:
     """Windows of passages. Thread-safe: the tokenizer is only read."""
 
-    def __init__(self, tokenizer: bytes, lengths: Lengths = DEFAULT_LENGTHS) -> None:
-        """tokenizer: a tokenizer.json. ValueError if it is unreadable or has no [CLS], [SEP].
+    def __init__(
+        self,
+        tokenizer: bytes,
+        lengths: Lengths = DEFAULT_LENGTHS,
+        layout: Layout | None = None,
+        inputs: Inputs = "pair",
+    ) -> None:
+        """tokenizer: a tokenizer.json. ValueError if it is unreadable.
 
-        Some vocabularies call them <s> and </s>.
+        Without a layout it is [CLS] A [SEP] B [SEP], and ValueError where the vocabulary has
+        neither [CLS], [SEP] nor <s>, </s>.
         """
         self._tokenizer = _read(tokenizer)
         # The turns before a stream are the same for each of its segments. Clipped turns only, so
         # the cache stays below 5 MB.
         self._turn_ids = lru_cache(maxsize=1024)(self._fresh_turn_ids)
         self._lengths = lengths
-        self._cls = self._special("[CLS]", "<s>")
-        self._sep = self._special("[SEP]", "</s>")
+        self._inputs = inputs
+        self.layout: Final = layout or _by_name(self._tokenizer)
         if not 0 <= lengths.overlap < lengths.text:
             raise ValueError(f"overlap {lengths.overlap} must lie in 0..{lengths.text - 1}")
 
     def encode(self, passage: Passage) -> Encoded:
         """Every character of `passage.text` is in some window; `before` loses its front first."""
-        excerpt = self._excerpt(passage.conversation)
+        excerpt = self._excerpt(passage.conversation) if self._inputs == "pair" else []
         spans = self._spans(passage)
         windows = tuple(self._window(excerpt, part) for part in _cut(spans, self._lengths))
         return Encoded(
@@ -94,17 +121,29 @@ class PairTokens:
         return self._tokenizer.encode(text.translate(_SCRUB), add_special_tokens=False)
 
     def _window(self, excerpt: list[int], text: list[int]) -> Window:
-        ids = [self._cls, *excerpt, self._sep, *text, self._sep]
-        type_ids = np.zeros(len(ids), dtype=np.int64)
-        type_ids[len(excerpt) + 2 :] = 1
-        return Window(np.array(ids, dtype=np.int64), type_ids)
+        layout = self.layout
+        if self._inputs == "pair":
+            ahead, second = [*layout.start, *excerpt, *layout.between], layout.types[1]
+        else:
+            ahead, second = list(layout.start), layout.types[0]
+        ids = np.array([*ahead, *text, *layout.end], dtype=np.int64)
+        type_ids = np.full(len(ids), second, dtype=np.int64)
+        type_ids[: len(ahead)] = layout.types[0]
+        return Window(ids, type_ids)
 
-    def _special(self, *names: str) -> int:
-        for name in names:
-            found: int | None = self._tokenizer.token_to_id(name)
-            if found is not None:
-                return found
-        raise ValueError(f"the tokenizer has no {names[0]}")
+
+def _by_name(tokenizer: Tokenizer) -> Layout:
+    start, end = _special(tokenizer, "[CLS]", "<s>"), _special(tokenizer, "[SEP]", "</s>")
+    pads = (tokenizer.token_to_id(name) for name in ("[PAD]", "<pad>"))
+    return Layout((start,), (end,), (end,), pad=next((i for i in pads if i is not None), None))
+
+
+def _special(tokenizer: Tokenizer, *names: str) -> int:
+    for name in names:
+        found: int | None = tokenizer.token_to_id(name)
+        if found is not None:
+            return found
+    raise ValueError(f"the tokenizer has no {names[0]}")
 
 
 def _read(content: bytes) -> Tokenizer:
