@@ -8,6 +8,7 @@ from typing import Final
 from detectors.protocol import Detector
 
 PYTHON: Final = "python:"  # a user's own detector: python:package.module:attr
+CUDA: Final = "@cuda"  # a folder's name and this: its fp16 graph on a GPU
 _MEMBERS: Final = ("name", "digest", "thresholds", "encode", "score")
 
 
@@ -18,8 +19,9 @@ class LoadError(Exception):
 def load_detectors(specs: Sequence[str], models: Path) -> tuple[Detector, ...]:
     """The detectors that `specs` name, in their order.
 
-    A spec is the name of a folder under `models`, or `python:package.module:attr` where attr is
-    called without arguments. Raises LoadError saying what to do.
+    A spec is the name of a folder under `models`, with `@cuda` behind it to run on a GPU, or
+    `python:package.module:attr` where attr is called without arguments. Raises LoadError saying
+    what to do.
     """
     if not specs:
         raise LoadError("no detector is configured; name at least one, such as 'toxicity'")
@@ -37,7 +39,8 @@ def _from_folder(spec: str, models: Path) -> Detector:
     # Imported here: a worker whose detectors are all its user's own needs no onnxruntime.
     from detectors.toxicity import Toxicity
 
-    folder = models / spec
+    name = spec.removesuffix(CUDA)
+    folder = models / name
     if not (folder / "manifest.json").is_file():
         raise LoadError(
             f"detector {spec!r}: no manifest.json in {folder}; there are: {_known(models)}. "
@@ -45,7 +48,7 @@ def _from_folder(spec: str, models: Path) -> Detector:
             f"or write {PYTHON}package.module:attr for your own"
         )
     try:
-        return Toxicity(folder)
+        return Toxicity(folder, "cpu" if name == spec else "cuda")
     except (OSError, ValueError) as error:
         raise LoadError(f"detector {spec!r} in {folder}: {error}") from error
 

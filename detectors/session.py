@@ -4,25 +4,33 @@ A folder holds manifest.json, the .onnx it names and tokenizer.json. Nothing is 
 SHA-256 is the manifest's, and nothing but .onnx and .json is read at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
 import onnxruntime as ort
 
+from detectors.buckets import Shape, batches, shapes
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
-from detectors.protocol import FloatArray, Window
+from detectors.labels import LabelMap
+from detectors.protocol import FloatArray, IntArray, Window
+from detectors.tokens import Inputs, Layout
 
 Provider = Literal["cpu", "cuda"]
+Precision = Literal["fp32", "fp16", "int8"]
 
-FORMAT: Final = 1  # of the manifest
+FORMAT: Final = 2  # of the manifest as it is written
+FORMATS: Final = (1, 2)  # 1 has no layout, labels or further graphs
 OPSETS: Final = range(13, 22)  # what the installed onnxruntime was tried with
 OPSET_KEY: Final = "tidegate.opset"  # the graph's own word for its opset, in its metadata
+INPUTS: Final = ("input_ids", "token_type_ids", "attention_mask")  # a graph may lack the second
 _SUFFIXES: Final = (".onnx", ".json")  # never a pickle
 _PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CUDA_OPTIONS: Final = {"use_tf32": "0"}  # its ten bits of mantissa are too few for fp32
 
 
 class ModelError(ValueError):
@@ -43,13 +51,40 @@ class Manifest(msgspec.Struct, frozen=True):
     format: int
     name: str
     columns: tuple[str, ...]
-    model: str  # file name of the graph
+    model: str  # file name of the graph that the CPU serves
     tokenizer: str
     opset: int
     lengths: Lengths
     files: dict[str, str]  # file name -> SHA-256, hex
     calibration: dict[str, tuple[float, float]]  # column -> slope, intercept
     thresholds: dict[str, float]  # by THRESHOLD_KEYS
+    inputs: Inputs = "pair"
+    layout: Layout | None = None  # None: [CLS] A [SEP] B [SEP], by name
+    max_tokens: int | None = None  # positions that the model has; None: not stated
+    labels: LabelMap | None = None  # None: the graph's outputs are the columns
+    graphs: dict[Precision, str] = {}  # file names; a folder need not hold all of them
+
+    def graph(self, provider: Provider, precision: Precision | None) -> str:
+        """File name of the graph to run. Raises ModelError where there is none that may."""
+        if provider == "cuda" and precision == "int8":
+            raise ModelError("dynamic int8 scales over a whole batch: on cuda run fp16 or fp32")
+        if provider == "cpu" and precision is None:
+            return self.model
+        wanted = precision or "fp16"
+        if wanted not in self.graphs:
+            has = ", ".join(self.graphs) or "none named"
+            raise ModelError(f"the manifest has no {wanted} graph ({has}): export the model again")
+        return self.graphs[wanted]
+
+    def longest(self) -> int:
+        """Tokens of the longest window, special ones included."""
+        around = self.layout.around(self.inputs) if self.layout else 3
+        asked = self.lengths.conversation if self.inputs == "pair" else 0
+        return asked + self.lengths.text + around
+
+    def outputs(self) -> int:
+        """Logits of one window."""
+        return len(self.labels.names) if self.labels else len(self.columns)
 
 
 class Folder:
@@ -62,6 +97,12 @@ class Folder:
         for name in (self.manifest.model, self.manifest.tokenizer):
             self.read(name)
         self.digest = _digest(raw, self.manifest.files)
+
+    def digest_with(self, graph: str) -> str:
+        """The digest where `graph` is run: another one gives other scores, so other cache keys."""
+        if graph == self.manifest.model:
+            return self.digest
+        return sha256(f"{self.digest} {graph}".encode()).hexdigest()
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, the same ones whose digest was compared."""
@@ -79,43 +120,147 @@ class Folder:
 
 
 class Session:
-    """Logits of windows. Thread-safe: onnxruntime's run is, and nothing else is kept."""
+    """Logits of windows. Thread-safe: onnxruntime's run is, and the buckets have a lock."""
 
-    def __init__(self, folder: Folder, provider: Provider = "cpu") -> None:
-        """Raises ModelError where onnxruntime cannot run the graph on `provider`."""
+    def __init__(
+        self,
+        folder: Folder,
+        provider: Provider = "cpu",
+        precision: Precision | None = None,
+        *,
+        bucketed: bool | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        """Raises ModelError where onnxruntime cannot run the graph on `provider`.
+
+        precision: None takes what serves there: `manifest.model` on cpu, fp16 on cuda.
+        bucketed: batches of fixed shapes; None does so on cuda alone.
+        cuda_graphs: records each shape once and replays it.
+        """
+        _check_provider(provider)
         manifest = folder.manifest
-        self._session = _open(folder.read(manifest.model), provider)
-        marked = self._session.get_modelmeta().custom_metadata_map.get(OPSET_KEY)
-        if marked != str(manifest.opset):
-            raise ModelError(
-                f"{manifest.model} was exported with opset {marked}, "
-                f"the manifest says {manifest.opset}"
-            )
+        name = manifest.graph(provider, precision)
+        self._session = _open(folder.read(name), provider, cuda_graphs)
+        _check_graph(self._session, name, manifest)
+        self._inputs = tuple(given.name for given in self._session.get_inputs())
+        self._buckets: _Buckets | None = None
+        if provider == "cuda" if bucketed is None else bucketed:
+            self._buckets = _Buckets(self._session, manifest, provider, cuda_graphs)
+        self.digest = folder.digest_with(name)
 
     def logits(self, window: Window) -> FloatArray:
-        """(7,) logits of one window.
+        """(L,) logits of one window."""
+        row: FloatArray = self.all_logits([window])[0]
+        return row
 
-        One a call: dynamic int8 scales activations over the whole tensor, so batch mates and
-        padding would move the scores; alone, costs 12 % of speed on CPU.
+    def all_logits(self, windows: Sequence[Window]) -> FloatArray:
+        """(N, L) logits of windows, in their order.
+
+        On CPU one a call: dynamic int8 scales activations over the whole tensor, so batch mates
+        and padding would move the scores; alone costs 12 % of speed.
         """
+        if self._buckets is not None:
+            return self._buckets.logits(windows)
+        return np.stack([self._alone(window) for window in windows])
+
+    def _alone(self, window: Window) -> FloatArray:
         feeds = {
             "input_ids": window.ids[None],  # (1, T)
             "token_type_ids": window.type_ids[None],
             "attention_mask": np.ones((1, len(window.ids)), dtype=np.int64),
         }
-        (logits,) = self._session.run(["logits"], feeds)  # (1, 7)
-        row: FloatArray = logits[0].astype(np.float64)
+        (logits,) = self._session.run(["logits"], {name: feeds[name] for name in self._inputs})
+        row: FloatArray = logits[0].astype(np.float64)  # (L,)
         return row
 
 
-def _open(graph: bytes, provider: Provider) -> ort.InferenceSession:
+class _Buckets:
+    """Batches of fixed shapes, each with buffers of its own on the device."""
+
+    def __init__(
+        self, session: ort.InferenceSession, manifest: Manifest, device: Provider, record: bool
+    ) -> None:
+        if manifest.layout is None or manifest.layout.pad is None:
+            raise ModelError("the manifest names no padding token: export the model again")
+        self._session = session
+        self._pad = manifest.layout.pad
+        self._shapes = shapes(manifest.longest())
+        self._outputs = manifest.outputs()
+        self._device = device
+        self._record = record
+        self._bound: dict[Shape, _Bound] = {}
+        self._lock = Lock()  # the buffers are shared, and a recorded graph runs one at a time
+
+    def logits(self, windows: Sequence[Window]) -> FloatArray:
+        """(N, L) logits of windows, in their order."""
+        found = np.empty((len(windows), self._outputs))
+        for batch in batches(windows, self._shapes, self._pad):
+            with self._lock:
+                rows = self._of(batch.shape).run(batch.feeds)  # (rows, L)
+            found[batch.positions] = rows[: len(batch.positions)]
+        return found
+
+    def _of(self, shape: Shape) -> "_Bound":
+        if shape not in self._bound:
+            number = self._shapes.index(shape) + 1 if self._record else None
+            self._bound[shape] = _Bound(self._session, shape, self._outputs, self._device, number)
+        return self._bound[shape]
+
+
+class _Bound:
+    """One shape: inputs and output stay where they are on the device, only values are copied."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        shape: Shape,
+        outputs: int,
+        device: Provider,
+        graph: int | None,
+    ) -> None:
+        """graph: number under which a CUDA graph of this shape is recorded; None: not at all."""
+        self._session = session
+        self._options = ort.RunOptions()
+        if graph is not None:
+            self._options.add_run_config_entry("gpu_graph_id", str(graph))
+        self._inputs = {
+            given.name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), device, 0)
+            for given in session.get_inputs()
+        }
+        self._output = ort.OrtValue.ortvalue_from_shape_and_type(
+            [shape.rows, outputs], np.float32, device, 0
+        )
+        self._binding = session.io_binding()
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output("logits", self._output)
+
+    def run(self, feeds: Mapping[str, IntArray]) -> FloatArray:
+        """(rows, L) logits, padding rows included."""
+        for name, value in self._inputs.items():
+            value.update_inplace(feeds[name])
+        self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()
+        logits: FloatArray = self._output.numpy().astype(np.float64)
+        return logits
+
+
+def _check_provider(provider: Provider) -> None:
     wanted = _PROVIDERS[provider]
     if wanted not in ort.get_available_providers():
         raise ModelError(
             f"onnxruntime here has no {wanted}; install onnxruntime-gpu or set the provider to cpu"
         )
+
+
+def _open(graph: bytes, provider: Provider, cuda_graphs: bool) -> ort.InferenceSession:
+    settings: dict[str, str] = {}
+    if provider == "cuda":
+        settings = {**_CUDA_OPTIONS, "enable_cuda_graph": str(int(cuda_graphs))}
     try:
-        return ort.InferenceSession(graph, _options(), providers=[wanted])
+        chosen = [(_PROVIDERS[provider], settings)]
+        return ort.InferenceSession(graph, _options(), providers=chosen)
     except Exception as error:  # onnxruntime's own exceptions share no base class
         raise ModelError(f"onnxruntime refuses the graph: {error}") from error
 
@@ -130,13 +275,28 @@ def _options() -> ort.SessionOptions:
     return options
 
 
+def _check_graph(session: ort.InferenceSession, name: str, manifest: Manifest) -> None:
+    marked = session.get_modelmeta().custom_metadata_map.get(OPSET_KEY)
+    if marked != str(manifest.opset):
+        raise ModelError(
+            f"{name} was exported with opset {marked}, the manifest says {manifest.opset}"
+        )
+    strange = {given.name for given in session.get_inputs()} - set(INPUTS)
+    if strange:
+        raise ModelError(f"{name} wants inputs {sorted(strange)}, which nobody fills")
+    outputs = {given.name: given.shape for given in session.get_outputs()}
+    width = outputs["logits"][-1] if "logits" in outputs else None
+    if width != manifest.outputs():
+        raise ModelError(f"{name} gives {width} logits, the manifest says {manifest.outputs()}")
+
+
 def _checked(raw: bytes) -> Manifest:
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
     except msgspec.DecodeError as error:
         raise ModelError(f"manifest.json cannot be read: {error}") from error
-    if manifest.format != FORMAT:
-        raise ModelError(f"manifest format {manifest.format}, this version reads {FORMAT}")
+    if manifest.format not in FORMATS:
+        raise ModelError(f"manifest format {manifest.format}, this version reads {FORMATS}")
     if manifest.columns != COLUMNS:
         raise ModelError(f"the model scores {manifest.columns}, expected {COLUMNS}")
     if manifest.opset not in OPSETS:
@@ -145,8 +305,25 @@ def _checked(raw: bytes) -> Manifest:
         )
     if set(manifest.calibration) != set(COLUMNS):
         raise ModelError("the calibration does not name each column once")
+    if manifest.max_tokens is not None and manifest.longest() > manifest.max_tokens:
+        raise ModelError(
+            f"windows of {manifest.longest()} tokens, the model has {manifest.max_tokens} positions"
+        )
+    _check_labels(manifest)
     _check_thresholds(manifest.thresholds)
     return manifest
+
+
+def _check_labels(manifest: Manifest) -> None:
+    if manifest.labels is None:
+        return
+    try:
+        manifest.labels.check()
+    except ValueError as error:
+        raise ModelError(f"label map: {error}") from error
+    for column in manifest.labels.silent():
+        if manifest.calibration[column] != (1.0, 0.0):
+            raise ModelError(f"{column} is calibrated, but no label speaks of it")
 
 
 def _check_thresholds(thresholds: Mapping[str, float]) -> None:

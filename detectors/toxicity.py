@@ -8,7 +8,7 @@ import numpy as np
 from detectors.calibrate import Calibration, calibrated
 from detectors.harms import COLUMNS
 from detectors.protocol import Encoded, FloatArray, Passage
-from detectors.session import Folder, Manifest, Provider, Session
+from detectors.session import Folder, Manifest, Precision, Provider, Session
 from detectors.tokens import Lengths, PairTokens
 
 _DECIMALS = 6  # of a score: what a decision shows is what was compared
@@ -17,16 +17,24 @@ _DECIMALS = 6  # of a score: what a decision shows is what was compared
 class Toxicity:
     """Calibrated scores of the six harms and of any harm."""
 
-    def __init__(self, folder: Path, provider: Provider = "cpu") -> None:
-        """folder: manifest.json, graph, tokenizer. Raises OSError or ModelError (a ValueError)."""
+    def __init__(
+        self, folder: Path, provider: Provider = "cpu", precision: Precision | None = None
+    ) -> None:
+        """folder: manifest.json, graphs, tokenizer. Raises OSError or ModelError (a ValueError).
+
+        precision: None takes what the manifest serves on `provider`.
+        """
         checked = Folder(folder)
         manifest = checked.manifest
         self.name = manifest.name
-        self.digest = checked.digest
         self._thresholds = dict(manifest.thresholds)
         self._calibration = _calibration(manifest)
-        self._tokens = PairTokens(checked.read(manifest.tokenizer), _lengths(manifest))
-        self._session = Session(checked, provider)
+        self._labels = manifest.labels
+        self._tokens = PairTokens(
+            checked.read(manifest.tokenizer), _lengths(manifest), manifest.layout, manifest.inputs
+        )
+        self._session = Session(checked, provider, precision)
+        self.digest = self._session.digest
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -42,15 +50,15 @@ class Toxicity:
 
         Raises ValueError where the model gives NaN.
         """
-        scores = np.empty((len(batch), len(COLUMNS)))
-        for row, encoded in enumerate(batch):
-            scores[row] = self._score(encoded)
-        return scores.round(_DECIMALS)
-
-    def _score(self, encoded: Encoded) -> FloatArray:
-        logits = np.stack([self._session.logits(window) for window in encoded.windows])  # (W, 7)
-        highest: FloatArray = calibrated(logits, self._calibration).max(axis=0)  # (7,)
-        return highest
+        if not batch:
+            return np.empty((0, len(COLUMNS)))
+        windows = [window for encoded in batch for window in encoded.windows]
+        logits = self._session.all_logits(windows)  # (W, L)
+        if self._labels is not None:
+            logits = self._labels.log_odds(logits)  # (W, 7)
+        starts = np.cumsum([0, *(len(encoded.windows) for encoded in batch[:-1])])
+        highest = np.maximum.reduceat(calibrated(logits, self._calibration), starts)  # (B, 7)
+        return highest.round(_DECIMALS)
 
 
 def _calibration(manifest: Manifest) -> Calibration:

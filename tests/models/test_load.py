@@ -31,6 +31,8 @@ def test_specs_become_detectors_in_their_order() -> None:
     ("spec", "message"),
     [
         ("nothing", "there are: .*toxicity"),
+        ("nothing@cuda", "there are: .*toxicity"),
+        ("toxicity@cuda", "no CUDAExecutionProvider"),
         ("python:", "python:package.module:attr"),
         ("python:detectors.constant", "python:package.module:attr"),
         ("python:no_such_package.module:Detector", "PYTHONPATH"),

@@ -1,5 +1,6 @@
 """The toxicity detector over its model folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ class Scripted:
     def __init__(self, logits: dict[int, float]) -> None:
         self._logits = logits
 
-    def logits(self, window: Window) -> FloatArray:
-        return np.full(7, self._logits[len(window.ids)])
+    def all_logits(self, windows: Sequence[Window]) -> FloatArray:
+        return np.array([[self._logits[len(window.ids)]] * 7 for window in windows])
 
 
 def scripted(toxicity: Toxicity, logits: dict[int, float], monkeypatch: Any) -> None:
