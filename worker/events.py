@@ -84,6 +84,62 @@ class Decision(msgspec.Struct, frozen=True):
     timing_ms: Timing
 
 
+class Review(Decision, frozen=True):
+    """A decision that reviewers are asked about, and what was judged."""
+
+    text: str  # the segment
+    before: str  # the text right before it, judged with it
+    context: tuple[TurnRecord, ...]
+    picked_with: float  # probability of being picked, above 0
+
+
+class Label(msgspec.Struct, frozen=True):
+    """What a reviewer says of one decision and harm; without `picked_with`: a complaint."""
+
+    decision_id: _Id
+    stream_id: _Id
+    harm: str
+    score: float  # the decision's, of this harm; of `harmful` for `other`
+    harmful: bool
+    reviewer: _Id
+    tenant: _Id = "default"
+    picked_with: float | None = None  # as in the review item
+    ts_ms: int | None = None  # not read: Kafka's own timestamp counts
+
+
+class ThresholdRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The latest word on one tenant's threshold of one harm.
+
+    In force is `threshold` where `status` is applied, `previous` where it is proposed.
+    """
+
+    tenant: str
+    harm: str
+    threshold: float
+    previous: float
+    version: int
+    status: Literal["applied", "proposed"] = "applied"
+    method: str  # certified, step, or operator
+    target_precision: float | None = None
+    delta: float | None = None
+    labels: int = 0  # settled decisions counted in this epoch
+    reason: str = ""
+    ts_ms: int = 0
+    model: str = ""  # holds for decisions of this model alone; empty: for all
+    labels_needed: int | None = None  # None: nothing to certify, or no number would do
+    certified: float | None = None  # the end of the walk: all candidates up to here are certified
+    epoch: int = 0  # drift alarms before this
+    epoch_ms: int = 0  # decisions settled up to here count for no certificate
+    since_ms: int = 0  # the threshold in force is watched from here on
+    alarm: bool = False  # this record answers one
+    declined: float | None = None  # an operator said no to it: not proposed again
+    precision: float | None = None  # of what lies above the threshold in force, estimated
+    recall: float | None = None
+    recall_low: float | None = None
+    recall_high: float | None = None
+    recall_floor: float | None = None
+
+
 class DeadLetter(msgspec.Struct, frozen=True):
     """A record that could not be read, whole, with the reason."""
 

@@ -35,6 +35,52 @@ TEMPLATES = {
 }
 
 
+class ReviewPolicy(BaseModel):
+    """Which of a tenant's decisions reviewers are shown; see worker/sampling.py."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    over: Probability = 0.1  # share of what has a score above its threshold
+    near: Probability = 0.05  # ... at least half of its threshold: where misses and new blocks lie
+    rest: Probability = 0.002  # ... and of all else, so that no part of the traffic is unseen
+    p_min: Probability = 0.001  # no share falls lower: a label counts at most 1 / p_min
+    per_hour: int = Field(120, ge=0)  # items, all partitions together: one person's, 30 s each
+
+    @model_validator(mode="after")
+    def _not_too_rare(self) -> Self:
+        for name in ("over", "near", "rest"):
+            if 0.0 < getattr(self, name) < self.p_min:
+                raise ValueError(f"{name}: must be 0 or at least p_min")
+        return self
+
+
+class LearnPolicy(BaseModel):
+    """How a tenant's thresholds follow its reviewers; see docs/thresholds.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["certified", "step"] = "certified"
+    target_precision: float = Field(0.9, gt=0.0, lt=1.0)  # one block in ten may be wrong
+    recall_floor: float | None = Field(None, gt=0.0, lt=1.0)  # instead of a precision target
+    delta: float = Field(0.05, gt=0.0, lt=1.0)  # chance that any certificate of a claim is wrong
+    bounds: dict[str, tuple[Probability, Probability]] = {}  # default: 0.5, 0.95, as `step`'s
+    approval: bool = False  # publish as proposed, for a person to approve
+    max_reviewer_share: float = Field(0.6, gt=0.0, le=1.0)  # 1: one reviewer's word will do
+    settle_ms: int = Field(600_000, ge=0)  # after a decision's first label: time to correct it
+    test_every: int = Field(10, ge=1)  # settled decisions of a claim between two tests
+    min_picked: float = Field(0.05, gt=0.0, le=1.0)  # least picked_with above the lowest bound
+    min_picked_below: float = Field(0.001, gt=0.0, le=1.0)  # ... and below it, for recall
+    labels_per_step: int = Field(50, ge=1)  # blocked ones that `step` looks at before each step
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        for harm, (lowest, highest) in self.bounds.items():
+            if harm not in THRESHOLD_KEYS or lowest > highest:
+                msg = f"bounds of {harm!r}: unknown harm, or lowest above highest"
+                raise ValueError(msg)
+        return self
+
+
 class TenantPolicy(BaseModel):
     """What one tenant does about each harm. Keys are the six harms and `other`."""
 
@@ -44,6 +90,8 @@ class TenantPolicy(BaseModel):
     actions: dict[str, Action] = {}  # default: block
     fail_mode: dict[str, FailMode] = {}  # default: closed
     revisions: dict[str, str] = {}  # text that a `revise` proposes; default: TEMPLATES
+    review: ReviewPolicy = ReviewPolicy()
+    learn: LearnPolicy = LearnPolicy()
 
     @model_validator(mode="after")
     def _known_harms(self) -> Self:
@@ -55,8 +103,9 @@ class TenantPolicy(BaseModel):
         return self
 
     def digest(self) -> str:
-        """Six hex digits that change with the policy."""
-        return hashlib.blake2b(self.model_dump_json().encode(), digest_size=3).hexdigest()
+        """Six hex digits that change with what can change a decision."""
+        deciding = self.model_dump_json(exclude={"review", "learn"})
+        return hashlib.blake2b(deciding.encode(), digest_size=3).hexdigest()
 
 
 class Settings(BaseSettings):
