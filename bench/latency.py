@@ -3,7 +3,7 @@
 Broker, worker, producer and reader share this machine. Detectors are replaced by a constant,
 transactions are on. A segment is complete when the code point after its last one is there, or the
 stream has ended: `seq` of its decision names that delta, and the clock starts when it is handed to
-a producer that lingers for 2 ms, as the gate does.
+a producer that does not linger, as the gate's.
 """
 
 import argparse
@@ -73,10 +73,10 @@ async def read(
 
 
 async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -> list[float]:
-    producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers, linger_ms=2)
+    producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers)
     reader = AIOKafkaConsumer(
         settings.decisions_topic, bootstrap_servers=settings.bootstrap_servers,
-        isolation_level="read_committed", auto_offset_reset="latest", fetch_max_wait_ms=10,
+        isolation_level="read_committed", auto_offset_reset="latest",
     )  # fmt: skip
     await producer.start()
     await reader.start()

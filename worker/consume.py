@@ -9,7 +9,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -32,11 +32,15 @@ from worker.settings import Settings
 from worker.streams import Lane
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 _TICK_S = 0.1
 _FEED_AT_ONCE = 250  # records, then the other tasks have a turn
 _TAKE_TIMEOUT_S = 60.0  # to fence, read back and load; then again
 _FRESH_S = 2.0  # an answer of the broker this old no longer proves that the log is read
+_DELAYED, _MOST_PAUSE_S = 0.25, 0.5  # of the detectors' delay is spent between transactions
+_HURRIED_S = 0.1  # detectors this far behind make round trips to the broker unimportant
+_PREPARED = 1 / 3  # of transaction_timeout_ms; a transaction that waits longer is given up
 _MAX_BACKLOG = 5_000  # decisions of a lane that wait for the broker
 _MAX_FAILURES = 20  # in a row, of one partition or of polling, that waiting will not mend
 _DRAIN, _LEAVE = 0.4, 0.2  # of shutdown_timeout_ms; closing the outlets takes up to 0.2 of it
@@ -55,6 +59,7 @@ class Owned:
         self.turn = 0  # of being taken; records fetched in an earlier one are not fed
         self.reached = 0  # every record below was fed, or is none: markers have offsets too
         self.taken = 0.0  # monotonic seconds
+        self.prepared = 0.0  # monotonic seconds at which the next transaction was opened; 0: not
         self.wake = asyncio.Event()
         self.idle = asyncio.Event()  # no transaction is under way
         self.idle.set()
@@ -214,6 +219,8 @@ class Worker(ConsumerRebalanceListener):
                     )
             metrics.DELTAS.inc(len(chunk))
             self._pipeline.submit(lane, segments)
+            if not owned.prepared:
+                owned.wake.set()
             await asyncio.sleep(0)
 
     def _press_back(self) -> None:
@@ -473,32 +480,71 @@ class Worker(ConsumerRebalanceListener):
 
     async def _publish(self, owned: Owned, outlet: Outlet) -> None:
         """One transaction after the other, with a pause between; never an empty one."""
+        owned.prepared = 0.0
         while True:
-            await owned.wake.wait()
-            owned.wake.clear()
+            if not await self._woken(owned):
+                await self._within(outlet.rest())
+                owned.prepared = 0.0
+                continue
             lane = owned.lane
             if lane is None:
                 raise PartitionLost(f"{owned.partition}: dropped")
             output = lane.take(time.monotonic(), drain=not owned.reading)
             if output is None:
+                await self._prepare(owned, lane, outlet)
                 continue
             mark = Mark(self._writer, next(self._numbers), output.journal_from, output.buried_to)
             start = time.monotonic()
             owned.idle.clear()
             owned.last_mark = None  # unless this succeeds, the lane is ahead of what is committed
             try:
-                async with asyncio.timeout(self._settings.transaction_timeout_ms / 1e3):
-                    journal = await outlet.publish(output, mark)
+                journal = await self._within(outlet.publish(output, mark))
             finally:
                 owned.idle.set()
             lane.done(output, journal)
-            owned.last_mark, owned.failures = mark, 0
+            owned.last_mark, owned.failures, owned.prepared = mark, 0, 0.0
             metrics.PUBLISH_SECONDS.observe(time.monotonic() - start)
             metrics.DEAD_LETTERS.inc(len(output.dead_letters))
             for decision in output.decisions:
                 metrics.DECISIONS.labels(decision.verdict).inc()
                 metrics.DECISION_SECONDS.observe(decision.timing_ms.total / 1e3)
-            await asyncio.sleep(self._settings.transaction_interval_ms / 1e3)
+            await asyncio.sleep(self._pause_s())
+            owned.wake.set()
+
+    def _pause_s(self) -> float:
+        """Between two transactions of a lane. Where text waits for the detectors longer than that,
+        more decisions a transaction leave them more of the cores."""
+        delayed = min(self._pipeline.delay_s * _DELAYED, _MOST_PAUSE_S)
+        return max(self._settings.transaction_interval_ms / 1e3, delayed)
+
+    async def _woken(self, owned: Owned) -> bool:
+        """Whether something happened, before a prepared transaction gets too old."""
+        if not owned.prepared:
+            await owned.wake.wait()
+        else:
+            most_s = self._settings.transaction_timeout_ms / 1e3 * _PREPARED
+            left_s = owned.prepared + most_s - time.monotonic()
+            try:
+                async with asyncio.timeout(left_s):
+                    await owned.wake.wait()
+            except TimeoutError:
+                return False
+        owned.wake.clear()
+        return True
+
+    async def _prepare(self, owned: Owned, lane: Lane, outlet: Outlet) -> None:
+        """Open the next transaction while streams are open: a decision will come."""
+        if owned.prepared or not owned.reading or not lane.open_streams or not owned.last_mark:
+            return
+        if self._pipeline.delay_s > _HURRIED_S:
+            return
+        await self._within(outlet.prepare(lane.committed, owned.last_mark))
+        owned.prepared = time.monotonic()
+
+    async def _within(self, step: Awaitable[T]) -> T:
+        """A step of a transaction; TimeoutError where the broker takes longer than it may."""
+        async with asyncio.timeout(self._settings.transaction_timeout_ms / 1e3):
+            return await step
 
 
 def _wall_ms() -> int:

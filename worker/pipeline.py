@@ -143,6 +143,13 @@ class Pipeline:
             if task.done() and not task.cancelled():
                 task.result()
 
+    @property
+    def delay_s(self) -> float:
+        """How long the oldest segment that is not judged yet has waited."""
+        while self._outstanding and self._outstanding[0].done:
+            self._outstanding.popleft()
+        return self.clock() - self._outstanding[0].born if self._outstanding else 0.0
+
     # -- records in ---------------------------------------------------------------------------
 
     def lane(self, topic: str, partition: int, epoch: int = 0) -> Lane:

@@ -4,7 +4,8 @@ An Outlet belongs to one lane. Opening it fences whatever published for the part
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -78,6 +79,17 @@ class Outlet(Protocol):
 
     async def open(self) -> None:
         """Make sure that nobody else publishes for the partition any more."""
+        ...
+
+    async def prepare(self, offset: int, mark: Mark) -> None:
+        """Have everything under way that can be before there is something to publish.
+
+        offset, mark: what is committed now. Errors as those of `publish`.
+        """
+        ...
+
+    async def rest(self) -> None:
+        """Undo `prepare`: nothing came for a while. Errors as those of `publish`."""
         ...
 
     async def publish(self, output: Output, mark: Mark) -> list[int]:
@@ -213,23 +225,70 @@ class TransactionalOutlet(_KafkaOutlet):
             "transaction_timeout_ms": self._settings.transaction_timeout_ms,
         }
 
+    _open = False  # whether a transaction is
+
+    async def prepare(self, offset: int, mark: Mark) -> None:
+        """Open the next transaction: two or three of its five round trips are behind it then.
+
+        Its partitions are registered, but nothing is written to them, so no reader waits for it;
+        the offset that it names is the one that is committed already.
+        """
+        if self._open:
+            return
+        with self._errors():
+            await self._begin()
+            number = self._partition.partition
+            for topic in (self._settings.decisions_topic, self._settings.streams_topic):
+                self._producer._txn_manager.maybe_add_partition_to_txn(  # noqa: SLF001 - else only by sending
+                    TopicPartition(topic, number)
+                )
+            await self._add_offset(offset, mark)
+
+    async def rest(self) -> None:
+        """Commit the empty transaction: left open, it would time out and fence its own producer."""
+        if self._open:
+            with self._errors():
+                await self._commit()
+
     async def publish(self, output: Output, mark: Mark) -> list[int]:
         """One transaction. See Outlet."""
-        try:
-            await self._producer.begin_transaction()
+        with self._errors():
+            if not self._open:
+                await self._begin()
             journal, _ = await asyncio.gather(
-                self._send(output),
-                self._producer.send_offsets_to_transaction(
-                    {self._partition: OffsetAndMetadata(output.offset, mark.encode())},
-                    self._settings.group_id,
-                ),
+                self._send(output), self._add_offset(output.offset, mark)
             )
-            await self._producer.commit_transaction()
+            await self._commit()
+        return journal
+
+    async def close(self) -> None:
+        """Abort what is open, so that the next owner need not wait for it; see Outlet."""
+        if self._open:
+            bound_s = self._settings.shutdown_timeout_ms * _STOP * 1e-3
+            await finish(self._producer.abort_transaction(), bound_s / 2)
+        await super().close()
+
+    async def _begin(self) -> None:
+        await self._producer.begin_transaction()
+        self._open = True
+
+    async def _commit(self) -> None:
+        await self._producer.commit_transaction()
+        self._open = False
+
+    async def _add_offset(self, offset: int, mark: Mark) -> None:
+        await self._producer.send_offsets_to_transaction(
+            {self._partition: OffsetAndMetadata(offset, mark.encode())}, self._settings.group_id
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except (ProducerFenced, InvalidProducerEpoch) as error:
             raise PartitionLost(f"{self._partition}: fenced") from error
         except _HOPELESS as error:
             raise Stop(f"{self._partition}: cannot publish: {error!r}") from error
-        return journal
 
 
 class AtLeastOnceOutlet(_KafkaOutlet):
@@ -240,6 +299,12 @@ class AtLeastOnceOutlet(_KafkaOutlet):
     ) -> None:
         super().__init__(settings, partition)
         self._consumer = consumer
+
+    async def prepare(self, offset: int, mark: Mark) -> None:
+        """Nothing to prepare."""
+
+    async def rest(self) -> None:
+        """Nothing to undo."""
 
     async def publish(self, output: Output, mark: Mark) -> list[int]:
         """Produce, wait, commit. See Outlet."""
