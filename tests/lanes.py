@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.assemble import Segment
 from worker.decide import Judgement
-from worker.events import Decision
+from worker.events import Decision, Review
 from worker.settings import Settings
 from worker.streams import Lane, Rules
 from worker.thresholds import Thresholds
@@ -20,11 +20,12 @@ def settings(**overrides: Any) -> Settings:
     return Settings(**(short | overrides))
 
 
-def rules(chosen: Settings) -> Rules:
-    """Rules with plain thresholds; the tail is the text itself."""
+def rules(chosen: Settings, partitions: int = 0) -> Rules:
+    """Rules with plain thresholds; the tail is the text itself. partitions: 0 reviews nothing."""
     return Rules(
-        chosen, Thresholds({}, chosen), "fake@000000", lambda tail, text: (tail + text)[-64:]
-    )
+        chosen, Thresholds({}, chosen), "fake@000000", lambda tail, text: (tail + text)[-64:],
+        partitions,
+    )  # fmt: skip
 
 
 def delta(stream_id: str, seq: int, text: str, final: bool = False, **fields: Any) -> bytes:
@@ -57,16 +58,18 @@ class Drive:
     """Feeds a log of records through lanes; `kill_share` of the transactions meet a kill."""
 
     def __init__(
-        self, log: Sequence[bytes], chosen: Settings, seed: int = 0, kill_share: float = 0.0
-    ) -> None:
+        self, log: Sequence[bytes], chosen: Settings, seed: int = 0, kill_share: float = 0.0,
+        partitions: int = 0,
+    ) -> None:  # fmt: skip
         self._log = log
-        self._rules = rules(chosen)
+        self._rules = rules(chosen, partitions)
         self._random = random.Random(seed)
         self._kill_share = kill_share
         self._committed = self._buried_to = self._journal_end = 0
         self._journal: dict[str, tuple[int, bytes]] = {}
         self._now = 0.0
         self.published: list[Decision] = []
+        self.reviews: list[Review] = []
         self.dead_letters: list[int] = []
         self.kills = self.snapshots = self.reread = 0
         self._start()
@@ -118,6 +121,7 @@ class Drive:
             self._kill()
             return
         self.published += output.decisions
+        self.reviews += output.reviews
         self.dead_letters += [letter.offset for letter in output.dead_letters]
         offsets = []
         for stream_id, record in output.journal:

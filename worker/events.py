@@ -91,6 +91,7 @@ class Review(Decision, frozen=True):
     before: str  # the text right before it, judged with it
     context: tuple[TurnRecord, ...]
     picked_with: float  # probability of being picked, above 0
+    least: float  # what any decision that a threshold could block would have been picked with
 
 
 class Label(msgspec.Struct, frozen=True):

@@ -24,6 +24,8 @@ Action = Literal["block", "revise", "flag"]
 FailMode = Literal["closed", "open"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
+DEFAULT_BOUNDS = (0.5, 0.95)  # of what thresholds may be learnt
+
 TEMPLATES = {
     "violence": "[A passage that encourages or details violence was removed.]",
     "hate_speech": "[A passage that demeans people for who they are was removed.]",
@@ -40,18 +42,10 @@ class ReviewPolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    over: Probability = 0.1  # share of what has a score above its threshold
-    near: Probability = 0.05  # ... at least half of its threshold: where misses and new blocks lie
-    rest: Probability = 0.002  # ... and of all else, so that no part of the traffic is unseen
-    p_min: Probability = 0.001  # no share falls lower: a label counts at most 1 / p_min
+    over: Probability = 0.1  # share of what some threshold may block: some score above its bounds
+    near: Probability = 0.02  # ... of what has a score half as high: where most misses lie
+    rest: Probability = 0.002  # ... of all else, so that no part of the traffic is unseen
     per_hour: int = Field(120, ge=0)  # items, all partitions together: one person's, 30 s each
-
-    @model_validator(mode="after")
-    def _not_too_rare(self) -> Self:
-        for name in ("over", "near", "rest"):
-            if 0.0 < getattr(self, name) < self.p_min:
-                raise ValueError(f"{name}: must be 0 or at least p_min")
-        return self
 
 
 class LearnPolicy(BaseModel):
@@ -92,6 +86,18 @@ class TenantPolicy(BaseModel):
     revisions: dict[str, str] = {}  # text that a `revise` proposes; default: TEMPLATES
     review: ReviewPolicy = ReviewPolicy()
     learn: LearnPolicy = LearnPolicy()
+
+    @model_validator(mode="after")
+    def _picked_often_enough(self) -> Self:
+        least = {"over": self.learn.min_picked}
+        least |= dict.fromkeys(("near", "rest"), self.learn.min_picked_below)
+        for name, lowest in least.items():
+            share = getattr(self.review, name)
+            if self.review.per_hour and 0.0 < share < lowest:
+                field = "min_picked" if name == "over" else "min_picked_below"
+                msg = f"review.{name}: {share} is rarer than learn.{field}, {lowest}, takes"
+                raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _known_harms(self) -> Self:
@@ -176,6 +182,9 @@ class Settings(BaseSettings):
     cache_entries: int = Field(50_000, ge=0)  # about 20 MB
     cache_ttl_s: int = Field(86_400, ge=1)
     cache_key: SecretStr | None = None  # share it between workers that share a Redis
+
+    # review
+    review_key: SecretStr | None = None  # the same for all workers: what is picked is then a secret
 
     # detectors
     detectors: tuple[str, ...] = ("toxicity",)  # folders under `models`, or python:module:factory

@@ -5,11 +5,13 @@ one transaction, so it is computed in one step: decisions, journal and offset of
 """
 
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+import msgspec
 import orjson
 
 from detectors.protocol import Turn
@@ -17,14 +19,17 @@ from worker.assemble import Early, Limits, Resume, Segment, Stream
 from worker.decide import Judgement, Ruling, combine, rule
 from worker.decode import decode
 from worker.errors import Stop, Unreadable
-from worker.events import DeadLetter, Decision, Delta, Revision, Timing
+from worker.events import DeadLetter, Decision, Delta, Review, Revision, Timing, TurnRecord
 from worker.offsets import OpenOffsets
+from worker.sampling import Pick, Picker
 from worker.settings import TEMPLATES, Settings
 from worker.thresholds import Thresholds
 
 MAX_EARLY_CHARS = 200_000  # of deltas that wait for a missing one; a snapshot holds them
 DEAD_LETTER_QUIET_S = 0.5  # a run of unreadable records is over after so long without another
 _TOMBSTONES = 500  # a transaction
+_PICKS = ""  # journal key of what was picked for review: no stream's id is empty
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # judged as U+FFFD, and no UTF-8 holds them
 
 
 class Rules(NamedTuple):
@@ -34,6 +39,7 @@ class Rules(NamedTuple):
     thresholds: Thresholds
     model: str  # the detectors' names and digests, as decisions name them
     next_tail: Callable[[str, str], str]  # Keywords.next_tail
+    partitions: int = 0  # of the input topic, which share the review budget; 0: none is picked
 
 
 class Closed(NamedTuple):
@@ -47,6 +53,7 @@ class Output(NamedTuple):
     """What one transaction publishes."""
 
     decisions: list[Decision]
+    reviews: list[Review]  # of these decisions
     dead_letters: list[DeadLetter]
     journal: list[tuple[str, bytes | None]]  # stream id, record; None is a tombstone
     offset: int  # to commit
@@ -74,6 +81,8 @@ class Lane:
         self._closed: OrderedDict[str, Closed] = OrderedDict()  # oldest first
         self._open = OpenOffsets()
         self._ready: list[Decision] = []
+        self._reviews: list[Review] = []
+        self._picker = Picker(settings, partition, rules.partitions) if rules.partitions else None
         self._dead: list[DeadLetter] = []
         self._dead_run = 0  # unreadable records without a good one between
         self._dead_last = 0.0  # monotonic seconds
@@ -296,25 +305,32 @@ class Lane:
         ruling = rule(judgement, in_force, policy)
         leaked = self._release(stream, segment, ruling)
         ends = segment.final or ruling.verdict == "block"
-        self._ready.append(
-            Decision(
-                decision_id=f"{self.topic}-{self.partition}-{segment.offset}-{segment.ordinal}",
-                stream_id=stream.stream_id, tenant=stream.tenant, channel=stream.channel,
-                seq=segment.seq, segment=segment.index, verdict=ruling.verdict,
-                start=segment.start, end=segment.end, released_to=stream.released_to,
-                leaked=leaked, final=ends, harm=ruling.harm, scores=ruling.scores,
-                harmful=ruling.harmful, stage=ruling.stage, reason=ruling.reason,
-                policy=f"{stream.tenant}@{policy.digest()}",
-                thresholds_version=in_force.version, model=rules.model,
-                revision=_revision(ruling, segment, policy.revisions), ts_ms=wall_ms,
-                timing_ms=_timing(judgement, now - segment.born),
-            )
+        decision = Decision(
+            decision_id=f"{self.topic}-{self.partition}-{segment.offset}-{segment.ordinal}",
+            stream_id=stream.stream_id, tenant=stream.tenant, channel=stream.channel,
+            seq=segment.seq, segment=segment.index, verdict=ruling.verdict,
+            start=segment.start, end=segment.end, released_to=stream.released_to,
+            leaked=leaked, final=ends, harm=ruling.harm, scores=ruling.scores,
+            harmful=ruling.harmful, stage=ruling.stage, reason=ruling.reason,
+            policy=f"{stream.tenant}@{policy.digest()}",
+            thresholds_version=in_force.version, model=rules.model,
+            revision=_revision(ruling, segment, policy.revisions), ts_ms=wall_ms,
+            timing_ms=_timing(judgement, now - segment.born),
         )  # fmt: skip
+        self._ready.append(decision)
+        self._pick(decision, segment, in_force.values)
         stream.settled(segment)
         self._changed[stream.stream_id] = None
         if ends:
             self._close(stream, wall_ms)
         return not ends
+
+    def _pick(self, decision: Decision, segment: Segment, thresholds: Sequence[float]) -> None:
+        """Have the decision reviewed, if the dice say so."""
+        pick = self._picker.pick(decision, thresholds) if self._picker else None
+        if pick is not None:
+            self._reviews.append(_review(decision, segment, pick))
+            self._changed[_PICKS] = None
 
     def _release(self, stream: Stream, segment: Segment, ruling: Ruling) -> int:
         """Move `released_to`; the number of the segment's code points that were shown too early."""
@@ -374,6 +390,7 @@ class Lane:
         self._gapped.clear()
         self._resumes.clear()
         self._ready.clear()
+        self._reviews.clear()
 
     @property
     def open_streams(self) -> int:
@@ -401,11 +418,15 @@ class Lane:
         journal: list[tuple[str, bytes | None]] = []
         journal += [(stream_id, self._entry(stream_id)) for stream_id in self._changed]
         journal += self._expired()
+        journal += self._picks_over()
         decisions, self._ready, self._changed = self._ready, [], {}
+        reviews, self._reviews = self._reviews, []
         if letters:
             self._buried_to = letters[-1].offset + 1
         journal_from = next(iter(self._journal_offsets.values()), self._journal_end)
-        return Output(decisions, letters, journal, self._offset(), journal_from, self._buried_to)
+        return Output(
+            decisions, reviews, letters, journal, self._offset(), journal_from, self._buried_to
+        )
 
     def done(self, output: Output, journal_offsets: Iterable[int]) -> None:
         """The transaction is committed; its journal records lie at these offsets."""
@@ -442,7 +463,9 @@ class Lane:
             self._open.need(stream_id, self.position)
 
     def _entry(self, stream_id: str) -> bytes:
-        """The stream's journal record."""
+        """The stream's journal record, or that of the picks."""
+        if stream_id == _PICKS and self._picker is not None:
+            return orjson.dumps(self._picker.state)
         closed = self._closed.get(stream_id)
         if closed is not None:
             return orjson.dumps({"closed_ms": closed.closed_ms, "through": closed.through})
@@ -479,6 +502,13 @@ class Lane:
             del self._closed[stream_id]
         return gone
 
+    def _picks_over(self) -> list[tuple[str, bytes | None]]:
+        """A tombstone once the hour of the count is over: an old record would make a restart read
+        the journal from there."""
+        if self._picker is None or not self._picker.is_fresh:
+            return []
+        return [(_PICKS, None)] if _PICKS in self._journal_offsets else []
+
     # -- after a restart ----------------------------------------------------------------------
 
     def load(
@@ -496,7 +526,10 @@ class Lane:
         for stream_id, (offset, record) in journal.items():
             entry = json.loads(record)
             self._journal_offsets[stream_id] = offset
-            if "closed_ms" in entry:
+            if stream_id == _PICKS:
+                if self._picker is not None:
+                    self._picker.restore(entry)
+            elif "closed_ms" in entry:
                 self._closed[stream_id] = Closed(entry["closed_ms"], entry["through"])
             elif "snapshot" in entry:
                 segments += self._restore(stream_id, entry, now)
@@ -541,6 +574,18 @@ def _revision(ruling: Ruling, segment: Segment, templates: Mapping[str, str]) ->
         return None
     text = templates.get(ruling.harm, TEMPLATES[ruling.harm])
     return Revision(text, segment.start, segment.end, "template", None)
+
+
+def _review(decision: Decision, segment: Segment, pick: Pick) -> Review:
+    turns = (TurnRecord(_plain(role), _plain(said)) for role, said in segment.stream.conversation)
+    return Review(
+        **msgspec.structs.asdict(decision), text=_plain(segment.text),
+        before=_plain(segment.before), context=tuple(turns), **pick._asdict(),
+    )  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    return _LONE_SURROGATES.sub("\ufffd", text)
 
 
 def _timing(judgement: Judgement, total_s: float) -> Timing:
