@@ -15,7 +15,8 @@ import msgspec
 import orjson
 
 from detectors.protocol import Turn
-from worker.assemble import Early, Limits, Resume, Segment, Stream
+from detectors.segments import Limits
+from worker.assemble import Early, Resume, Segment, Stream
 from worker.decide import Judgement, Ruling, combine, rule
 from worker.decode import decode
 from worker.errors import Stop, Unreadable
