@@ -1,30 +1,534 @@
 """Evidence -> thresholds: what is certified, and what to publish. Pure.
 
-The theorem is in docs/thresholds.md: a fixed mixture of bets is a nonnegative supermartingale
-under the running-average null, and Ville's inequality bounds its ever reaching 1/delta.
+A certificate is a bet won. The wealth of a fixed mixture of stakes is bounded by a nonnegative
+martingale while the running average stays on the wrong side of the target, so by Ville's
+inequality it ever reaches 1/delta with probability at most delta (Ville 1939; Waudby-Smith &
+Ramdas 2024). Candidates are tested in a fixed sequence at the full delta each (Learn-then-Test,
+Angelopoulos et al. 2021). docs/thresholds.md has the proofs and the assumptions.
+
+Arrays of counts have the axes (..., B, 2, L): score bin, outcome, weight. Whatever stands before
+them (worlds, or a simulation's histories) is carried through.
 """
 
-from typing import NamedTuple
+import math
+from bisect import bisect_left
+from typing import Final, Literal, NamedTuple, Self
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from worker.events import ThresholdRecord
 from worker.settings import LearnPolicy
 
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int32]
+
+GRID: Final = tuple(round(0.01 * step, 2) for step in range(101))  # thresholds; also B bins
+BOUNDS: Final = (0.5, 0.95)  # lowest and highest candidate where a policy names none
+STAKES: Final = np.array([0.04, 0.1, 0.2, 0.4, 0.65, 0.95])  # (K,) of what may be lost at most
+_PRIOR = -math.log(len(STAKES))  # log share of the money on each stake
+_FIRST_EPOCH = 0.8  # of delta; the later ones share the rest
+_RECALLS = np.linspace(0.0, 1.0, 101)  # candidates for the recall interval
+_GUESS_AFTER = 5  # decisions above a candidate; with fewer the rate of growth is a guess
+_STEP = 0.05
+_STEP_UP_BELOW, _STEP_DOWN_ABOVE = 0.8, 0.95  # precision
+
+
+def bin_of(score: float) -> int:
+    """How many of GRID lie below the score: it is above GRID[j] exactly where that is over j."""
+    return bisect_left(GRID, score)
+
+
+class Goal(NamedTuple):
+    """What is certified: precision, or recall, of at least `level`.
+
+    ratio: the highest weight below the lowest candidate; above it weights are at most 1.
+    """
+
+    kind: Literal["precision", "recall"]
+    level: float
+    ratio: float = 1.0
+
+    @classmethod
+    def of(cls, policy: LearnPolicy) -> Self:
+        """What a tenant wants."""
+        ratio = max(1.0, policy.min_picked / policy.min_picked_below)
+        if policy.recall_floor is None:
+            return cls("precision", policy.target_precision, ratio)
+        return cls("recall", policy.recall_floor, ratio)
+
+    def gain(self, above: bool, weights: FloatArray) -> FloatArray:
+        """(2, L) what a stake of 1 wins by outcome and weight if the goal is met; at least -1."""
+        if self.kind == "precision":
+            each = np.array([-self.level, 1.0 - self.level]) * above / self.level
+            weights = np.minimum(weights, 1.0)  # more has only what lies below every candidate
+        else:
+            each = np.array([0.0, above - self.level]) / (self.level * self.ratio)
+        gains: FloatArray = each[:, None] * weights
+        return gains
+
+    def concerns(self, above: bool, harmful: bool | None) -> bool:
+        """Whether a decision says anything about the goal."""
+        return bool(above and harmful is not None if self.kind == "precision" else harmful)
+
+    def loss(self, above: bool, harmful: bool, weight: float) -> float:
+        """What a stake of 1 wins by one decision if the goal is missed; at least -1."""
+        if self.kind == "precision":
+            return weight * (self.level - harmful) * above / (1.0 - self.level)
+        return weight * harmful * (self.level - above) / (1.0 - self.level)
+
+
+def above(counts: IntArray) -> IntArray:
+    """(..., B, 2, L) counts per bin -> counts above each of GRID."""
+    up = np.zeros_like(counts)
+    up[..., :-1, :, :] = counts[..., :0:-1, :, :].cumsum(axis=-3)[..., ::-1, :, :]
+    return up
+
+
+def stake_wealth(counts: IntArray, weights: FloatArray, goal: Goal) -> FloatArray:
+    """(..., B, K) log wealth of each stake on each of GRID meeting the goal.
+
+    counts: (..., B, 2, L). weights: (L,).
+    """
+    over = above(counts)
+    wealth = over.reshape(*over.shape[:-2], -1) @ _log_factors(goal, True, weights)
+    if goal.kind == "recall":
+        under = counts.sum(axis=-3, keepdims=True) - over
+        wealth += under.reshape(*under.shape[:-2], -1) @ _log_factors(goal, False, weights)
+    return wealth
+
+
+def _log_factors(goal: Goal, is_above: bool, weights: FloatArray) -> FloatArray:
+    """(2 L, K)."""
+    gains = goal.gain(is_above, weights).reshape(-1, 1)
+    factors: FloatArray = np.log1p(gains * STAKES)
+    return factors
+
+
+def mixed(stakes: FloatArray) -> FloatArray:
+    """(..., K) log wealth of each stake -> (...) of the mixture."""
+    mixture: FloatArray = np.logaddexp.reduce(stakes, axis=-1) + _PRIOR
+    return mixture
+
+
+def epoch_delta(delta: float, epoch: int) -> float:
+    """The part of delta that an epoch may spend; over all epochs they add up to delta."""
+    if epoch == 0:
+        return _FIRST_EPOCH * delta
+    return (1.0 - _FIRST_EPOCH) * delta / (epoch * (epoch + 1))
+
+
+class World(NamedTuple):
+    """Sums over the blocked decisions since the threshold in force was last looked at."""
+
+    decisions: int = 0
+    weight: float = 0.0
+    harmful: float = 0.0  # weight of the harmful ones
+
+    @property
+    def precision(self) -> float | None:
+        """Of what the threshold in force blocks; None where nothing was looked at."""
+        return self.harmful / self.weight if self.weight > 0.0 else None
+
 
 class Tally(NamedTuple):
-    """One claim's evidence: what `propose` reads. Fields follow."""
+    """One claim's evidence at one instant.
 
-
-def propose(
-    evidence: Tally, policy: LearnPolicy, current: ThresholdRecord, now_ms: int
-) -> ThresholdRecord | None:
-    """The record to publish next, or None where it would say nothing new.
-
-    current: the last one published; where there is none, or it is another model's, `shipped(...)`.
-    The result's version is current's plus 1; `threshold == previous` where labels are missing.
+    Worlds: (W,) the first has everybody's labels, each other one lacks one reviewer's.
     """
-    raise NotImplementedError
+
+    tenant: str
+    harm: str
+    model: str
+    labels: int  # settled decisions counted in this epoch
+    settled_ms: int  # when the last of them was settled
+    weights: FloatArray  # (L,)
+    counts: IntArray  # (W, B, 2, L) settled decisions
+    recent: IntArray  # (B, 2, L) the latest of them
+    since: tuple[World, ...]  # (W,) blocked ones under the threshold in force
+    largest_share: float = 0.0  # of the reviewer who took part in most of the decisions
+    alarm: bool = False  # the threshold in force misses its goal
+    complaints: bool = False  # ... says who complained
+    too_rare: int = 0  # decisions picked with less than the policy's least
+
+
+def walk(policy: LearnPolicy, harm: str) -> tuple[int, ...]:
+    """Candidates as indices of GRID, in the order in which they are tested."""
+    lowest, highest = policy.bounds.get(harm, BOUNDS)
+    inside = [at for at, threshold in enumerate(GRID) if lowest <= threshold <= highest]
+    return tuple(inside if policy.recall_floor is not None else reversed(inside))
+
+
+def certified(wealth: FloatArray, order: tuple[int, ...], delta: float, done: int = 0) -> int:
+    """How many candidates of the sequence are certified now.
+
+    wealth: (W, B) logs; all worlds must reach 1/delta. done: how many were certified before; what
+    was certified once stays so.
+    """
+    enough = wealth.min(axis=0) >= -math.log(delta)  # (B,)
+    while done < len(order) and enough[order[done]]:
+        done += 1
+    return done
 
 
 def shipped(tenant: str, harm: str, model: str, threshold: float, version: int) -> ThresholdRecord:
-    """The record of a claim that nothing is published for: the model's own threshold."""
-    raise NotImplementedError
+    """The record of a claim that nothing is published for: the model's own threshold.
+
+    version: of the tenant's and harm's last record, whatever model it was for; else 0.
+    """
+    return ThresholdRecord(
+        tenant=tenant, harm=harm, model=model, threshold=threshold, previous=threshold,
+        version=version, method="shipped", reason="as shipped with the model",
+    )  # fmt: skip
+
+
+def in_force(record: ThresholdRecord) -> float:
+    """The threshold that workers hold scores against, as of this record."""
+    return record.threshold if record.status == "applied" else record.previous
+
+
+def propose(
+    tally: Tally, policy: LearnPolicy, current: ThresholdRecord, now_ms: int
+) -> ThresholdRecord | None:
+    """The record to publish next, or None where it would say nothing new.
+
+    current: the last one published; where there is none or it is another model's, `shipped(...)`.
+    The result's version is current's plus 1; threshold == previous where nothing moves. Raises
+    ValueError where `current` is of another tenant, harm or model.
+    """
+    if (current.tenant, current.harm) != tally[:2] or current.model not in {"", tally.model}:
+        msg = f"{current.tenant}/{current.harm} of {current.model}: not what the evidence is about"
+        raise ValueError(msg)
+    draft = _draft(tally, policy, current, now_ms)
+    if current.method == "operator":
+        record = _held(tally, draft, current)
+    elif policy.method == "step":
+        record = _stepped(tally, policy, draft, current)
+    else:
+        record = _certified(tally, policy, draft, current)
+    return None if record is None else _with_recall(record, tally, policy)
+
+
+def _draft(
+    tally: Tally, policy: LearnPolicy, current: ThresholdRecord, now_ms: int
+) -> ThresholdRecord:
+    """The next record if nothing moves."""
+    return msgspec.structs.replace(
+        current, threshold=in_force(current), previous=in_force(current),
+        version=current.version + 1, status="applied", method=policy.method,
+        target_precision=policy.target_precision, recall_floor=policy.recall_floor,
+        delta=policy.delta, labels=tally.labels, model=tally.model, ts_ms=now_ms, alarm=False,
+        labels_needed=None, reason="", precision=tally.since[0].precision,
+    )  # fmt: skip
+
+
+def _moved(draft: ThresholdRecord, tally: Tally, to: float, *, ask: bool) -> ThresholdRecord:
+    """The draft with another threshold, watched from now on unless somebody is asked first."""
+    if ask:
+        return msgspec.structs.replace(draft, threshold=to, status="proposed")
+    return msgspec.structs.replace(draft, threshold=to, since_ms=tally.settled_ms, declined=None)
+
+
+# -- certified ------------------------------------------------------------------------------------
+
+
+def _certified(
+    tally: Tally, policy: LearnPolicy, draft: ThresholdRecord, current: ThresholdRecord
+) -> ThresholdRecord | None:
+    """See `propose`."""
+    goal, order = Goal.of(policy), walk(policy, tally.harm)
+    if tally.labels < current.labels and not _is_new_goal(policy, current):
+        lost = "labels were lost from the log: counting starts anew"
+        return msgspec.structs.replace(_renewed(draft, tally), reason=lost)
+    done = 0 if _is_new_goal(policy, current) else _walked(order, current.certified)
+    stakes = stake_wealth(tally.counts, tally.weights, goal)  # (W, B, K)
+    delta = epoch_delta(policy.delta, current.epoch)
+    obstacle = _obstacle(tally, policy)
+    if not obstacle:
+        wealth = mixed(stakes)
+        judges = wealth if policy.max_reviewer_share < 1.0 else wealth[:1]
+        done = certified(judges, order, delta, done)
+    draft = _with_recall(
+        msgspec.structs.replace(draft, certified=_last(order, done)), tally, policy
+    )
+    missing, why = _missing(tally, stakes, goal, order[done:], delta)
+    reason = obstacle or why
+    draft = msgspec.structs.replace(draft, labels_needed=missing, reason=reason)
+    if tally.alarm or tally.complaints:
+        return _alarmed(tally, policy, draft, current, order[:done])
+    to = _destination(tally, goal, order, done, draft.threshold)
+    if to is None or to == draft.threshold:
+        return draft if _is_news(draft, current) else None
+    if to == current.declined or _pends(current, to):
+        return None
+    says = f"{goal.kind} at {to:.2f} is at least {goal.level:g}; {reason}"
+    draft = msgspec.structs.replace(draft, reason=says)
+    return _moved(draft, tally, to, ask=policy.approval)
+
+
+def _is_new_goal(policy: LearnPolicy, current: ThresholdRecord) -> bool:
+    """Whether certificates of the last record were for something else."""
+    goal = (policy.target_precision, policy.recall_floor, policy.delta)
+    return goal != (current.target_precision, current.recall_floor, current.delta)
+
+
+def _walked(order: tuple[int, ...], last: float | None) -> int:
+    """How many of the sequence are certified, from the last of them."""
+    at = None if last is None else bin_of(last)
+    return order.index(at) + 1 if at in order else 0
+
+
+def _last(order: tuple[int, ...], done: int) -> float | None:
+    return GRID[order[done - 1]] if done else None
+
+
+def _obstacle(tally: Tally, policy: LearnPolicy) -> str:
+    """Why nothing may be certified whatever the labels say."""
+    if tally.too_rare:
+        return (
+            f"{tally.too_rare} decisions were picked with less than min_picked = "
+            f"{policy.min_picked:g}: no weight is right for them, so nothing is certified"
+        )
+    if tally.largest_share > policy.max_reviewer_share:
+        return (
+            f"one reviewer took part in {tally.largest_share:.0%} of the decisions, "
+            f"at most {policy.max_reviewer_share:.0%} may be one's"
+        )
+    return ""
+
+
+def _destination(
+    tally: Tally, goal: Goal, order: tuple[int, ...], done: int, threshold: float
+) -> float | None:
+    """The threshold to put in force; None: the one that is.
+
+    What lies further along the walk than the threshold in force is wanted at once. What lies
+    before it only once the walk is stuck: the one in force may still be reached.
+    """
+    if not done:
+        return None
+    last = GRID[order[done - 1]]
+    further = last < threshold if goal.kind == "precision" else last > threshold
+    if further or done == len(order):
+        return last
+    estimate = estimated(tally.counts[0], tally.weights, goal.kind, order[done])
+    return last if estimate is not None and estimate < goal.level else None
+
+
+def estimated(
+    counts: IntArray, weights: FloatArray, kind: Literal["precision", "recall"], at: int
+) -> float | None:
+    """Weighted precision or recall at GRID[at]; None where nothing is known. counts: (B, 2, L)."""
+    over = counts[at + 1 :].sum(axis=0) @ weights  # (2,)
+    whole = over.sum() if kind == "precision" else (counts.sum(axis=0) @ weights)[1]
+    return float(over[1] / whole) if whole > 0.0 else None
+
+
+def _missing(
+    tally: Tally, stakes: FloatArray, goal: Goal, rest: tuple[int, ...], delta: float
+) -> tuple[int | None, str]:
+    """Labels above the next candidate that it still needs at the present rate, and in words."""
+    if not rest:
+        return None, "every candidate is certified"
+    at = rest[0]
+    counted = tally.counts[:, at + 1 :].sum(axis=(1, 2, 3))  # (W,)
+    worst = int(mixed(stakes[:, at]).argmin())
+    needed = _labels_needed(stakes[worst, at], int(counted[worst]), goal, delta)
+    if needed is None:
+        estimate = estimated(tally.counts[0], tally.weights, goal.kind, at) or 0.0
+        why = f"{goal.kind} at {GRID[at]:.2f} is {estimate:.3f} so far: more labels like these"
+        return None, f"{why} will not certify {goal.level:g}"
+    others = " of other reviewers" if counted[0] and not counted[worst] else ""
+    return needed, f"about {needed} more labels{others} above {GRID[at]:.2f} are needed there"
+
+
+def _labels_needed(stakes: FloatArray, counted: int, goal: Goal, delta: float) -> int | None:
+    """How many more decisions bring one of the stakes to 1/delta; None: none do. stakes: (K,)."""
+    goes_to = -math.log(delta) - _PRIOR
+    if counted < _GUESS_AFTER:  # as if half of what the goal allows to be wrong were
+        right = 0.5 * (1.0 + goal.level)
+        gains = np.log1p(goal.gain(True, np.ones(1)) * STAKES)  # (2, K)
+        growth = (1.0 - right) * gains[0] + right * gains[1]
+        return math.ceil(goes_to / float(growth.max()))
+    rates = stakes / counted
+    growing = rates > 0.0
+    if not growing.any():
+        return None
+    return max(1, math.ceil(float(((goes_to - stakes[growing]) / rates[growing]).min())))
+
+
+def _is_news(draft: ThresholdRecord, current: ThresholdRecord) -> bool:
+    """Whether a record that moves nothing says something: it must not bury a pending proposal."""
+    if current.status == "proposed":
+        return False
+    if (draft.certified, draft.epoch) != (current.certified, current.epoch) or not current.reason:
+        return True
+    if current.method != draft.method or _wants(draft) != _wants(current):
+        return True
+    before, now = current.labels_needed, draft.labels_needed
+    if before is None or now is None:
+        return before is not now
+    return not 0.5 * before < now < 2.0 * before
+
+
+def _wants(record: ThresholdRecord) -> tuple[float | None, float | None, float | None]:
+    return record.target_precision, record.recall_floor, record.delta
+
+
+# -- alarms ---------------------------------------------------------------------------------------
+
+
+def _alarmed(
+    tally: Tally, policy: LearnPolicy, draft: ThresholdRecord, current: ThresholdRecord,
+    sound: tuple[int, ...],
+) -> ThresholdRecord | None:  # fmt: skip
+    """After an alarm: back along the walk to a certified threshold.
+
+    sound: candidates certified in this epoch, in the order of the walk. If the one in force is
+    among them, a new epoch begins; if not, the evidence is as good as before. An alarm by
+    complaints alone only asks: whoever wants less moderation can complain in any number.
+    """
+    goal, order = Goal.of(policy), walk(policy, tally.harm)
+    before = order[: _walked(order, draft.certified_before)]
+    back = [at for at in max(sound, before, key=len) if _is_before(GRID[at], draft.threshold, goal)]
+    to = _refuge(tally, goal, back)
+    if to is not None and (to == current.declined or _pends(current, to)):
+        return None
+    who = "labels" if tally.alarm else "complaints"
+    says = f"alarm: {who} show {goal.kind} below {goal.level:g} at {draft.threshold:g}"
+    if not tally.alarm:
+        asked = msgspec.structs.replace(draft, alarm=True, reason=says)
+        return None if to is None else _moved(asked, tally, to, ask=True)
+    if draft.threshold in {GRID[at] for at in sound}:  # so it is the traffic that has changed
+        last = GRID[back[-1]] if back else None
+        draft = msgspec.structs.replace(_renewed(draft, tally), certified_before=last)
+    if to is not None:
+        draft = msgspec.structs.replace(draft, alarm=True, reason=says)
+        return _moved(draft, tally, to, ask=policy.approval)
+    says += f"; nothing further back is certified, so nothing moves; {draft.reason}"
+    is_told = current.alarm and not _is_news(draft, current)
+    return None if is_told else msgspec.structs.replace(draft, alarm=True, reason=says)
+
+
+def _pends(current: ThresholdRecord, to: float) -> bool:
+    return current.status == "proposed" and current.threshold == to
+
+
+def _is_before(threshold: float, other: float, goal: Goal) -> bool:
+    return threshold > other if goal.kind == "precision" else threshold < other
+
+
+def _refuge(tally: Tally, goal: Goal, back: list[int]) -> float | None:
+    """Of the certified candidates the nearest one that the latest outcomes do not speak against.
+
+    back: indices of GRID in the order of the walk, so the nearest comes last. Where they speak
+    against all, the first of the walk.
+    """
+    for at in reversed(back):
+        estimate = estimated(tally.recent, tally.weights, goal.kind, at)
+        if estimate is not None and estimate >= goal.level:
+            return GRID[at]
+    return GRID[back[0]] if back else None
+
+
+def _renewed(draft: ThresholdRecord, tally: Tally) -> ThresholdRecord:
+    """The draft in a new epoch: what was counted so far describes other traffic."""
+    return msgspec.structs.replace(
+        draft, epoch=draft.epoch + 1, epoch_ms=tally.settled_ms, since_ms=tally.settled_ms,
+        certified=None, labels=0, labels_needed=None,
+    )  # fmt: skip
+
+
+def _held(tally: Tally, draft: ThresholdRecord, current: ThresholdRecord) -> ThresholdRecord | None:
+    """Where an operator has set the threshold it stays, and an alarm is told once."""
+    if not tally.alarm or current.alarm:
+        return None
+    says = f"alarm: labels show that {current.threshold:g}, set by an operator, misses the target"
+    return msgspec.structs.replace(draft, method="operator", alarm=True, reason=says)
+
+
+# -- step -----------------------------------------------------------------------------------------
+
+
+def _stepped(
+    tally: Tally, policy: LearnPolicy, draft: ThresholdRecord, current: ThresholdRecord
+) -> ThresholdRecord | None:
+    """Precision of blocked items below 0.8: up 0.05, above 0.95: down 0.05. No guarantee."""
+    seen = tally.since[0]
+    missing = policy.labels_per_step - seen.decisions
+    if current.status == "proposed":
+        return None
+    if missing > 0:
+        waits = msgspec.structs.replace(
+            draft, labels_needed=missing, reason=f"{missing} more labels of blocked items needed"
+        )
+        return waits if not current.reason else None
+    to = _step_from(draft.threshold, seen.precision or 0.0, policy, tally.harm)
+    reason = f"precision {seen.precision:.3f} of {seen.decisions} blocked items"
+    if to != draft.threshold and policy.max_reviewer_share < 1.0:
+        obstacle = _obstacle(tally, policy)
+        alone = any(
+            _step_from(draft.threshold, _known(world), policy, tally.harm) != to
+            for world in tally.since[1:]
+        )
+        if obstacle or alone or len(tally.since) < 3:
+            to, reason = draft.threshold, obstacle or f"{reason}; without one reviewer it differs"
+    draft = msgspec.structs.replace(
+        draft, reason=reason, labels_needed=policy.labels_per_step, since_ms=tally.settled_ms
+    )
+    if to == draft.threshold:
+        return draft
+    return _moved(draft, tally, to, ask=policy.approval)
+
+
+def _known(world: World) -> float:
+    """Precision, or one that moves nothing."""
+    return 0.9 if world.precision is None else world.precision
+
+
+def _step_from(threshold: float, precision: float, policy: LearnPolicy, harm: str) -> float:
+    lowest, highest = policy.bounds.get(harm, BOUNDS)
+    if precision < _STEP_UP_BELOW:
+        return max(threshold, min(round(threshold + _STEP, 6), highest))
+    if precision > _STEP_DOWN_ABOVE:
+        return min(threshold, max(round(threshold - _STEP, 6), lowest))
+    return threshold
+
+
+# -- recall ---------------------------------------------------------------------------------------
+
+
+def _with_recall(draft: ThresholdRecord, tally: Tally, policy: LearnPolicy) -> ThresholdRecord:
+    """The draft with what is known of recall at the threshold in force."""
+    at = min(bin_of(draft.threshold), len(GRID) - 1)  # the next of GRID, where it is none itself
+    counts, ratio = tally.counts[0], Goal.of(policy).ratio
+    largest = 1.0 if GRID[at] >= policy.bounds.get(tally.harm, BOUNDS)[0] else ratio
+    low, high = recall_interval(counts, tally.weights, at, policy.delta, largest, ratio)
+    return msgspec.structs.replace(
+        draft, recall=estimated(tally.counts[0], tally.weights, "recall", at),
+        recall_low=low, recall_high=high,
+    )  # fmt: skip
+
+
+def recall_interval(
+    counts: IntArray, weights: FloatArray, at: int, delta: float, largest: float, ratio: float
+) -> tuple[float, float]:
+    """Recall at GRID[at] lies in it with probability 1 - delta, however often it is asked.
+
+    The recalls that neither bet, on more and on less, has refuted at delta/2. counts: (B, 2, L).
+    largest, ratio: the highest possible weight above GRID[at], and below.
+    """
+    over = counts[at + 1 :, 1].sum(axis=0)  # (L,)
+    under = counts[: at + 1, 1].sum(axis=0)
+    inside = _RECALLS[1:-1, None, None]  # (R, 1, 1)
+    up = np.minimum(weights, largest)[:, None] * STAKES  # (L, K)
+    down = weights[:, None] * STAKES
+    more = over @ np.log1p(up * (1.0 - inside) / (inside * ratio))  # (R, K)
+    more += under @ np.log1p(-down / ratio)
+    less = under @ np.log1p(down * inside / ((1.0 - inside) * largest))
+    less += over @ np.log1p(-up / largest)
+    refuted = -math.log(delta / 2.0)
+    too_low = _RECALLS[1:-1][mixed(more) >= refuted]
+    too_high = _RECALLS[1:-1][mixed(less) >= refuted]
+    return float(max(too_low, default=0.0)), float(min(too_high, default=1.0))

@@ -1,0 +1,34 @@
+"""Does the threshold in force still meet its goal? Pure.
+
+A bet that it does not, begun anew at each decision: M_n = (M_{n-1} + 1/(n (n+1))) (1 + c loss_n).
+The prior weights 1/(n (n+1)) of the beginnings sum to 1, and while the goal is met no factor is
+above 1 on average, so M_n plus the weights still to come is a nonnegative supermartingale from 1
+on, and by Ville's inequality M_n ever reaches 1/delta with probability at most delta. Whenever
+the goal is lost after decision n, only log(n (n+1)) is lost with it.
+"""
+
+import numpy as np
+
+from worker.certify import STAKES, FloatArray
+
+
+def begin(worlds: int) -> FloatArray:
+    """(W, K) wealth before the first decision."""
+    return np.zeros((worlds, len(STAKES)))
+
+
+def advance(wealth: FloatArray, number: int, loss: float) -> FloatArray:
+    """(..., K) wealth after one more decision.
+
+    number: this decision's, from 1 on. loss: what a stake of 1 wins by it if the goal is missed,
+    at least -1.
+    """
+    prior = 1.0 / (number * (number + 1))
+    after: FloatArray = (wealth + prior) * (1.0 + STAKES * loss)
+    return after
+
+
+def rings(wealth: FloatArray, delta: float) -> bool:
+    """Whether the mixture of stakes has reached 1/delta in all worlds. wealth: (W, K)."""
+    enough = len(STAKES) / delta
+    return bool(wealth[0].sum() >= enough and (wealth.sum(axis=-1) >= enough).all())
