@@ -41,9 +41,11 @@ def bin_of(score: float) -> int:
 
 
 class Goal(NamedTuple):
-    """What is certified: precision, or recall, of at least `level`.
+    """What is certified: precision, or recall, of at least `level` against the outcomes.
 
     ratio: the highest weight below the lowest candidate; above it weights are at most 1.
+    Reviewers who call at most a share `wrong` of harmless text harmful see a precision of at most
+    q + (1 - q) wrong where it is q; so that is what they have to see.
     """
 
     kind: Literal["precision", "recall"]
@@ -55,7 +57,8 @@ class Goal(NamedTuple):
         """What a tenant wants."""
         ratio = max(1.0, policy.min_picked / policy.min_picked_below)
         if policy.recall_floor is None:
-            return cls("precision", policy.target_precision, ratio)
+            target, wrong = policy.target_precision, policy.reviewer_error
+            return cls("precision", target + (1.0 - target) * wrong, ratio)
         return cls("recall", policy.recall_floor, ratio)
 
     def gain(self, above: bool, weights: FloatArray) -> FloatArray:
@@ -218,8 +221,8 @@ def _draft(
         current, threshold=in_force(current), previous=in_force(current),
         version=current.version + 1, status="applied", method=policy.method,
         target_precision=policy.target_precision, recall_floor=policy.recall_floor,
-        delta=policy.delta, labels=tally.labels, model=tally.model, ts_ms=now_ms, alarm=False,
-        labels_needed=None, reason="", precision=tally.since[0].precision,
+        delta=policy.delta, level=Goal.of(policy).level, labels=tally.labels, model=tally.model,
+        ts_ms=now_ms, alarm=False, labels_needed=None, reason="", precision=tally.since[0].precision,
     )  # fmt: skip
 
 
@@ -269,8 +272,8 @@ def _certified(
 
 def _is_new_goal(policy: LearnPolicy, current: ThresholdRecord) -> bool:
     """Whether certificates of the last record were for something else."""
-    goal = (policy.target_precision, policy.recall_floor, policy.delta)
-    return goal != (current.target_precision, current.recall_floor, current.delta)
+    goal = (Goal.of(policy).level, policy.recall_floor, policy.delta)
+    return goal != (current.level, current.recall_floor, current.delta)
 
 
 def _walked(order: tuple[int, ...], last: float | None) -> int:
@@ -364,16 +367,12 @@ def _is_news(draft: ThresholdRecord, current: ThresholdRecord) -> bool:
         return False
     if (draft.certified, draft.epoch) != (current.certified, current.epoch) or not current.reason:
         return True
-    if current.method != draft.method or _wants(draft) != _wants(current):
+    if (draft.method, draft.level, draft.delta) != (current.method, current.level, current.delta):
         return True
     before, now = current.labels_needed, draft.labels_needed
     if before is None or now is None:
         return before is not now
     return not 0.5 * before < now < 2.0 * before
-
-
-def _wants(record: ThresholdRecord) -> tuple[float | None, float | None, float | None]:
-    return record.target_precision, record.recall_floor, record.delta
 
 
 # -- alarms ---------------------------------------------------------------------------------------

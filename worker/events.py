@@ -123,6 +123,7 @@ class ThresholdRecord(msgspec.Struct, frozen=True, kw_only=True):
     method: str  # certified, step, or operator
     target_precision: float | None = None
     delta: float | None = None
+    level: float | None = None  # what labels have to show for that, reviewers' errors included
     labels: int = 0  # settled decisions counted in this epoch
     reason: str = ""
     ts_ms: int = 0

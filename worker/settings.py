@@ -56,6 +56,7 @@ class LearnPolicy(BaseModel):
     method: Literal["certified", "step"] = "certified"
     target_precision: float = Field(0.9, gt=0.0, lt=1.0)  # one block in ten may be wrong
     recall_floor: float | None = Field(None, gt=0.0, lt=1.0)  # instead of a precision target
+    reviewer_error: float = Field(0.0, ge=0.0, lt=1.0)  # share of harmless text they call harmful
     delta: float = Field(0.05, gt=0.0, lt=1.0)  # chance that any certificate of a claim is wrong
     bounds: dict[str, tuple[Probability, Probability]] = {}  # default: 0.5, 0.95, as `step`'s
     approval: bool = False  # publish as proposed, for a person to approve
