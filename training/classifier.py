@@ -1,31 +1,35 @@
 """Fine-tunes the classifier: `python -m training.classifier --data ../shared/data --out RUN`.
 
-A run folder holds settings, tokenizer, the best weights (model.pt) and, until it is through, where
-to go on from (state.pt): start it again to resume. Calibration, thresholds and figures are made
-from the model that serves, so they come with the export.
+A run folder holds settings, tokenizer, the learning curve, the best weights (model.pt) and, until
+it is through, where to go on from (state.pt): start it again to resume. With a teacher, another run
+folder, the student learns what that says of each passage besides the labels. Calibration,
+thresholds and figures are made from the model that serves, so they come with the export.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from detectors.protocol import Window
 from detectors.tokens import PairTokens
-from training import base
+from training import also, base
+from training.batches import Example, batches, examples, padded
+from training.distil import soft_targets
 from training.model import Judge, fresh
-from training.rows import Parts, read, split
+from training.rows import Parts, Row, read, split
 from training.windows import Sample, capped, samples
 
-_HELD_OUT = 800  # rows whose loss picks the weights
+_HELD_OUT: Final = 800  # rows whose loss picks the weights
+_LOOKS: Final = 8  # at the held-out loss, evenly over the run
+_PATIENCE: Final = 3  # looks without a better one end the run
 
 
 @dataclass(frozen=True)
@@ -42,27 +46,21 @@ class Settings:
     warm_up: float = 0.06  # share of the steps
     threads: int = 2
     save_every: int = 50  # steps
-    rows: int = 0  # at most, for a quick try; 0 = all
+    rows: int = 0  # of the packs at most, for a quick try; 0 = all
+    steps: int = 0  # at most; 0 = a whole pass an epoch
     start_from: str = ""  # a model.pt of an earlier run; empty: the base
-
-
-class Example(tuple[Window, np.ndarray, np.ndarray]):
-    """A window with its targets and weights, (7,) each."""
+    teacher: str = ""  # a run folder; empty: labels alone
+    soft_share: float = 0.7  # of the loss where the teacher has spoken
+    own: bool = True  # the texts of our own too
+    also: tuple[str, ...] = ()  # a user's files, see training/also.py
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains, or goes on with a run that was cut short."""
     arguments = _arguments(argv)
-    settings = Settings(
-        base=arguments.base,
-        frozen=arguments.frozen,
-        epochs=arguments.epochs,
-        seed=arguments.seed,
-        threads=arguments.threads,
-        rows=arguments.rows,
-        learning_rate=arguments.learning_rate,
-        start_from=str(arguments.start_from or ""),
-    )
+    known = {field.name for field in fields(Settings)}
+    chosen = {name: value for name, value in vars(arguments).items() if name in known}
+    settings = Settings(**chosen | {"also": tuple(map(str, arguments.also))})
     run: Path = arguments.out
     parts = split(read(arguments.data / "permissive"))
     print({name: len(rows) for name, rows in parts._asdict().items()}, flush=True)
@@ -82,8 +80,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--threads", type=int, default=Settings.threads)
     parser.add_argument("--rows", type=int, default=Settings.rows, help="at most; 0 = all")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="at most; 0 = all")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
-    parser.add_argument("--start-from", type=Path, help="model.pt of an earlier run")
+    parser.add_argument("--start-from", default=Settings.start_from, help="an earlier model.pt")
+    parser.add_argument("--teacher", default=Settings.teacher, help="run folder to distil")
+    parser.add_argument("--no-own", dest="own", action="store_false", help="public packs alone")
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], metavar="FILE",
+        help="your rows, or review items and labels from Kafka, as JSON Lines",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -99,20 +104,38 @@ def prepare(run: Path, settings: Settings) -> None:
 
 
 def train(run: Path, parts: Parts, settings: Settings) -> None:
-    """Leaves the weights of the epoch with the lowest held-out loss in model.pt."""
+    """Leaves the weights of the lowest held-out loss in model.pt."""
     chance = random.Random(settings.seed)
     tokens = PairTokens((run / "tokenizer.json").read_bytes())
+    found = samples(_rows(parts, settings, chance), chance)
+    soft = None
+    if settings.teacher:
+        passages = [sample.passage for sample in found]
+        soft = soft_targets(Path(settings.teacher), passages, run / "teacher.npy")
+        soft[[_is_ours(sample) for sample in found]] = np.nan  # it has never seen the like
+    chosen = examples(found, tokens, soft)
+    dev = capped(parts.calibrate, chance)
+    held_out = examples(samples(chance.sample(dev, min(_HELD_OUT, len(dev))), chance), tokens)
+    steps = [
+        batch
+        for epoch in range(settings.epochs)
+        for batch in batches(chosen, settings.batch_tokens, f"{settings.seed}/{epoch}")
+    ][: settings.steps or None]
+    print(f"{len(chosen)} windows, {len(held_out)} held out, {len(steps)} steps", flush=True)
+    _Run(run, settings, len(steps)).go(steps, held_out)
+
+
+def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
     rows = capped(parts.fit, chance)
     if settings.rows:
-        rows = chance.sample(rows, settings.rows)
-    examples = _examples(samples(rows, chance), tokens)
-    dev = capped(parts.calibrate, chance)
-    held_out = _examples(samples(chance.sample(dev, min(_HELD_OUT, len(dev))), chance), tokens)
-    steps = [
-        batch for epoch in range(settings.epochs) for batch in _batches(examples, settings, epoch)
-    ]
-    print(f"{len(examples)} windows, {len(held_out)} held out, {len(steps)} steps", flush=True)
-    _Run(run, settings, len(steps)).go(steps, held_out)
+        rows = chance.sample(rows, min(settings.rows, len(rows)))
+    if settings.own:
+        rows += also.own()
+    return rows + also.read_files(list(map(Path, settings.also)))
+
+
+def _is_ours(sample: Sample) -> bool:
+    return sample.source.startswith("own_")
 
 
 class _Run:
@@ -129,28 +152,34 @@ class _Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimiser, lambda step: min((step + 1) / warm, max(0.0, 1 - step / steps))
         )
-        self.step, self.best = 0, float("inf")
+        self.step, self.best, self.worse = 0, float("inf"), 0
+        self.curve: list[dict[str, float]] = []
         if (run / "state.pt").exists():
             self._resume()
 
     def go(self, steps: list[list[Example]], held_out: list[Example]) -> None:
         """The steps that are left; state.pt goes when nothing is left to resume."""
+        looks = {round(len(steps) * look / _LOOKS) for look in range(1, _LOOKS + 1)}
         with tqdm(total=len(steps), initial=self.step, mininterval=10) as progress:
             for batch in steps[self.step :]:
                 loss = self._learn(batch)
                 self.step += 1
+                self.curve.append({"step": self.step, "loss": round(loss, 5)})
                 progress.update()
                 progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                if self.step in looks:
+                    self._keep_if_best(held_out)
                 if self.step % self.settings.save_every == 0:
                     self._save()
-                if self.step in (len(steps), len(steps) // 2, len(steps) * 3 // 4):
-                    self._keep_if_best(held_out)
-        (self.folder / "state.pt").unlink(missing_ok=True)
+                if self.worse >= _PATIENCE:
+                    break
+        self._save()
+        (self.folder / "state.pt").unlink()
 
     def _learn(self, batch: list[Example]) -> float:
         self.judge.train()
         self.optimiser.zero_grad()
-        loss = _loss(self.judge, batch)
+        loss = _loss(self.judge, batch, self.settings.soft_share)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.judge.parameters(), 1.0)
         self.optimiser.step()
@@ -159,10 +188,12 @@ class _Run:
 
     def _keep_if_best(self, held_out: list[Example]) -> None:
         self.judge.eval()
-        batches = list(_batches(held_out, self.settings, epoch=0))
+        chosen = list(batches(held_out, self.settings.batch_tokens, "held out"))
         with torch.no_grad():
-            loss = float(np.mean([_loss(self.judge, batch).item() for batch in batches]))
+            loss = float(np.mean([_loss(self.judge, batch, 0.0).item() for batch in chosen]))
         print(f"step {self.step}: held-out loss {loss:.4f}", flush=True)
+        self.curve[-1]["held_out"] = round(loss, 5)
+        self.worse = 0 if loss < self.best else self.worse + 1
         if loss < self.best:
             self.best = loss
             torch.save(self.judge.state_dict(), self.folder / "model.pt")
@@ -174,17 +205,22 @@ class _Run:
             "schedule": self.schedule.state_dict(),
             "step": self.step,
             "best": self.best,
+            "worse": self.worse,
+            "curve": self.curve,
         }
         part = self.folder / "state.part"
         torch.save(state, part)
         part.replace(self.folder / "state.pt")  # a kill in between leaves the last whole one
+        lines = "".join(json.dumps(point) + "\n" for point in self.curve)
+        (self.folder / "curve.jsonl").write_text(lines)
 
     def _resume(self) -> None:
         state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True)
         self.judge.load_state_dict(state["judge"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.worse = state["step"], state["best"], state["worse"]
+        self.curve = state["curve"]
 
 
 def _freeze(judge: Judge, layers: int) -> None:
@@ -194,59 +230,32 @@ def _freeze(judge: Judge, layers: int) -> None:
 
 
 def _groups(judge: Judge, settings: Settings) -> list[dict[str, Any]]:
+    learning = [p for p in judge.encoder.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in judge.encoder.parameters() if p.requires_grad], "lr": settings.learning_rate},
+        {"params": learning, "lr": settings.learning_rate},
         {"params": judge.head.parameters(), "lr": settings.head_learning_rate},
     ]
 
 
-def _examples(found: Sequence[Sample], tokens: PairTokens) -> list[Example]:
-    """The first window of each passage: training passages fit into one, or nearly."""
-    return [
-        Example((tokens.encode(s.passage).windows[0], np.array(s.targets), np.array(s.weights)))
-        for s in tqdm(found, desc="tokens", mininterval=10)
-    ]
+def _loss(judge: Judge, batch: Sequence[Example], soft_share: float) -> Tensor:
+    """Mean binary cross-entropy over the labels there are, mixed with that to the teacher's.
 
-
-def _batches(
-    examples: Sequence[Example], settings: Settings, epoch: int
-) -> Iterator[list[Example]]:
-    """Batches of like lengths in an order of their own for each epoch."""
-    chance = random.Random(f"{settings.seed}/{epoch}")
-    order = sorted(examples, key=lambda e: len(e[0].ids) + chance.random() * 8)
-    batches: list[list[Example]] = [[]]
-    for example in order:  # sorted, so the newest is the longest
-        if (len(batches[-1]) + 1) * len(example[0].ids) > settings.batch_tokens:
-            batches.append([])
-        batches[-1].append(example)
-    whole = [batch[i : i + 48] for batch in batches for i in range(0, len(batch), 48)]
-    chance.shuffle(whole)
-    yield from whole
-
-
-def _loss(judge: Judge, batch: Sequence[Example]) -> Tensor:
-    """Mean binary cross-entropy over the labels there are."""
-    ids, types, mask = padded([example[0] for example in batch])
-    targets = torch.tensor(np.stack([example[1] for example in batch]), dtype=torch.float32)
-    weights = torch.tensor(np.stack([example[2] for example in batch]), dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = judge(ids, types, mask)
-    losses = nn.functional.binary_cross_entropy_with_logits(
-        logits.float(), targets, reduction="none"
+    Hinton et al. 2015, arXiv:1503.02531, at temperature 1: its outputs are independent sigmoids.
+    """
+    ids, types, mask = padded([example.window for example in batch])
+    targets, weights, soft = (
+        torch.from_numpy(np.stack([example[i] for example in batch])) for i in (1, 2, 3)
     )  # (B, 7)
-    return (losses * weights).sum() / weights.sum().clamp(min=1.0)
-
-
-def padded(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, type ids and mask of the windows, (B, T) int64 each, padded at the end."""
-    longest = max(len(window.ids) for window in windows)
-    ids = np.zeros((len(windows), longest), dtype=np.int64)
-    types, mask = np.zeros_like(ids), np.zeros_like(ids)
-    for row, window in enumerate(windows):
-        ids[row, : len(window.ids)] = window.ids
-        types[row, : len(window.ids)] = window.type_ids
-        mask[row, : len(window.ids)] = 1
-    return torch.from_numpy(ids), torch.from_numpy(types), torch.from_numpy(mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = judge(ids, types, mask).float()
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits
+    hard = cross_entropy(logits, targets, reduction="none") * weights
+    spoken = ~soft.isnan()
+    taught = cross_entropy(logits, soft.nan_to_num(), reduction="none") * spoken
+    share = soft_share * spoken
+    total = (1 - share) * hard + share * taught
+    counted = (1 - share) * weights + share * spoken
+    return total.sum() / counted.sum().clamp(min=1.0)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def read(folder: Path) -> list[Row]:
     files = sorted(folder.glob("*.jsonl.gz"))
     if not files:
         raise FileNotFoundError(f"no *.jsonl.gz in {folder}")
-    rows = (_row(record) for path in files for record in _records(path))
+    rows = (row_of(record) for path in files for record in _records(path))
     return [row for row in rows if any(row.weights) and row.text.strip()]
 
 
@@ -82,7 +82,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _row(record: dict[str, Any]) -> Row:
+def row_of(record: dict[str, Any]) -> Row:
+    """A record of the packs' schema with targets and weights."""
     targets, weights = _labels(record)
     return Row(
         id=record["id"],

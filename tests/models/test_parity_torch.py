@@ -53,7 +53,7 @@ def test_another_checkpoint_is_caught(graphs: tuple[Any, Path, Path]) -> None:
     from export import parity
     from training.model import fresh
 
-    with pytest.raises(parity.ParityError, match="fp32 graph is off"):
+    with pytest.raises(parity.ParityError, match="is off by"):
         parity.check_fp32(fresh().eval(), graphs[1], windows())
 
 
@@ -61,7 +61,7 @@ def test_padding_moves_no_fp32_logit(graphs: tuple[Any, Path, Path]) -> None:
     """The mask keeps padding out, so a GPU may run fp32 batches."""
     import onnxruntime as ort
 
-    from training.classifier import padded
+    from training.batches import padded
 
     session = ort.InferenceSession(str(graphs[1]), providers=["CPUExecutionProvider"])
     names = ("input_ids", "token_type_ids", "attention_mask")

@@ -1,0 +1,66 @@
+"""Samples to examples, examples to padded batches of like lengths."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from detectors.protocol import FloatArray, Window
+from detectors.tokens import PairTokens
+from training.windows import Sample
+
+_MOST_ROWS = 48  # of a batch of very short windows
+
+
+class Example(NamedTuple):
+    """A window with what is known of it, (7,) each. soft: a teacher's probabilities, or NaN."""
+
+    window: Window
+    targets: FloatArray
+    weights: FloatArray
+    soft: FloatArray
+
+
+def examples(
+    found: Sequence[Sample], tokens: PairTokens, soft: FloatArray | None = None
+) -> list[Example]:
+    """The first window of each passage: training passages fit into one, or nearly."""
+    if soft is None:
+        soft = np.full((len(found), 7), np.nan, np.float32)
+    return [
+        Example(
+            tokens.encode(sample.passage).windows[0],
+            np.array(sample.targets, np.float32), np.array(sample.weights, np.float32), said,
+        )
+        for sample, said in zip(tqdm(found, desc="tokens", mininterval=10), soft, strict=True)
+    ]  # fmt: skip
+
+
+def batches(chosen: Sequence[Example], most_tokens: int, seed: str) -> Iterator[list[Example]]:
+    """Batches of like lengths in an order that `seed` decides."""
+    chance = random.Random(seed)
+    order = sorted(chosen, key=lambda e: len(e.window.ids) + chance.random() * 8)
+    cut: list[list[Example]] = [[]]
+    for example in order:  # sorted, so the newest is the longest
+        if (len(cut[-1]) + 1) * len(example.window.ids) > most_tokens:
+            cut.append([])
+        cut[-1].append(example)
+    whole = [rows[i : i + _MOST_ROWS] for rows in cut for i in range(0, len(rows), _MOST_ROWS)]
+    chance.shuffle(whole)
+    yield from whole
+
+
+def padded(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, type ids and mask of the windows, (B, T) int64 each, padded at the end."""
+    longest = max(len(window.ids) for window in windows)
+    ids = np.zeros((len(windows), longest), dtype=np.int64)
+    types, mask = np.zeros_like(ids), np.zeros_like(ids)
+    for row, window in enumerate(windows):
+        ids[row, : len(window.ids)] = window.ids
+        types[row, : len(window.ids)] = window.type_ids
+        mask[row, : len(window.ids)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(types), torch.from_numpy(mask)
