@@ -4,11 +4,13 @@ import json
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+_PACKAGES = ("aiokafka", "onnxruntime", "msgspec", "tokenizers", "transformers", "torch")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -28,10 +30,15 @@ def machine() -> dict[str, Any]:
 
     return {
         "cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(),
-        "versions": {
-            name: version(name) for name in ("aiokafka", "onnxruntime", "msgspec", "tokenizers")
-        },
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the train environment has others than the run-time one
+        return None
 
 
 def _cpu() -> str:

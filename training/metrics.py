@@ -5,6 +5,7 @@ Every function takes weights of shape (..., N), so that a bootstrap over prompts
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -26,6 +27,9 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+NOTHING: Final = Interval(float("nan"), float("nan"), float("nan"))
 
 
 class Bins(NamedTuple):
@@ -107,6 +111,11 @@ def draws(groups: Sequence[str], count: int = DRAWS) -> FloatArray:
 
     Rows on one prompt come and go together: they say less than as many rows on different ones.
     """
+    return _drawn(tuple(groups), count)
+
+
+@lru_cache(maxsize=2)  # several figures of the same rows; 20 MB for 5,000 of them
+def _drawn(groups: tuple[str, ...], count: int) -> FloatArray:
     _, index = np.unique(np.array(groups), return_inverse=True)
     members = int(index.max()) + 1 if len(index) else 0
     chance = np.random.default_rng(_SEED)
@@ -116,6 +125,8 @@ def draws(groups: Sequence[str], count: int = DRAWS) -> FloatArray:
 
 def interval(statistic: Statistic, groups: Sequence[str]) -> Interval:
     """A figure of all rows, with the middle 95 % of its values over bootstrap draws."""
+    if not len(groups):
+        return NOTHING
     value = float(statistic(np.ones(len(groups))))
     over = statistic(draws(groups))
     over = over[np.isfinite(over)]

@@ -1,0 +1,175 @@
+"""Plots of a run and of its scores, as PNG: loss, precision-recall, reliability, score histograms.
+
+`python -m training.plots --run RUN` draws the loss; `training.evaluate --out` draws the others.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+
+from detectors.harms import COLUMNS
+from detectors.protocol import FloatArray
+from training import metrics
+
+HISTORY: Final = "history.jsonl"  # of a run: {"step", "loss"} and {"step", "held_out"} a line
+_COLOURS: Final = ("#1f6feb", "#d1791f", "#6b7280", "#2a9d5c")  # one a system
+_STYLES: Final = {"report": "-", "unseen": "--"}
+_SAYS: Final = {"report": "prompts held out", "unseen": "sources left out"}
+_HARMLESS, _HARMFUL, _LIMIT = "#8b98a9", "#c2382f", "#111827"
+_DPI: Final = 130
+_FEW: Final = 10  # harmful rows below which a curve says nothing
+
+
+class Drawn(NamedTuple):
+    """One system on one part."""
+
+    system: str
+    part: str
+    points: Mapping[str, tuple[FloatArray, FloatArray]]  # column -> targets, probabilities
+    limits: Mapping[str, float]  # column -> threshold
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws a run's loss."""
+    parser = argparse.ArgumentParser(prog="python -m training.plots", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help=f"run folder with {HISTORY}")
+    run: Path = parser.parse_args(argv).run
+    loss(run / HISTORY, run / "loss.png")
+    print(f"written: {run / 'loss.png'}")
+
+
+def loss(history: Path, target: Path) -> None:
+    """Training loss, smoothed, and the held-out loss over the steps."""
+    lines = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    learnt = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])
+    held = np.array([(line["step"], line["held_out"]) for line in lines if "held_out" in line])
+    if len(learnt):
+        axes.plot(*learnt.T, color=_COLOURS[0], alpha=0.25, linewidth=0.8)
+        axes.plot(
+            learnt[:, 0], _smooth(learnt[:, 1]), color=_COLOURS[0], label="training, smoothed"
+        )
+    if len(held):
+        axes.plot(*held.T, "o-", color=_HARMFUL, markersize=4, label="held out")
+    axes.set(xlabel="step", ylabel="loss", title="Loss")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    _plain(axes)
+    figure.savefig(target, dpi=_DPI)
+    pyplot.close(figure)
+
+
+def harms(folder: Path, drawn: Sequence[Drawn]) -> None:
+    """precision_recall.png, reliability.png and scores.png: a small plot a harm."""
+    first = drawn[0].system
+    ours = [one for one in drawn if one.system == first]
+    _page(folder / "precision_recall.png", "Precision over recall", drawn, _precision_recall)
+    _page(folder / "reliability.png", f"Reliability: {first}", ours, _reliability)
+    _page(folder / "scores.png", f"Scores, both parts: {first}", ours, _histogram)
+
+
+def _page(
+    target: Path, title: str, drawn: Sequence[Drawn],
+    draw: Callable[[Any, str, Sequence[Drawn]], None],
+) -> None:  # fmt: skip
+    """Seven small plots, the legend in the eighth place."""
+    pyplot = _pyplot()
+    figure, grid = pyplot.subplots(2, 4, figsize=(15, 7.6), layout="constrained")
+    places = grid.flatten()
+    for axes, column in zip(places, COLUMNS, strict=False):
+        draw(axes, column, drawn)
+        axes.set_title(column.replace("_", " "), fontsize=11)
+        _plain(axes)
+    handles, labels = max(
+        (axes.get_legend_handles_labels() for axes in places), key=lambda it: len(it[0])
+    )
+    places[-1].axis("off")
+    places[-1].legend(handles, labels, loc="center left", frameon=False, fontsize=10)
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    figure.savefig(target, dpi=_DPI)
+    pyplot.close(figure)
+
+
+def _precision_recall(axes: Any, column: str, drawn: Sequence[Drawn]) -> None:
+    systems = list(dict.fromkeys(one.system for one in drawn))
+    for one in drawn:
+        targets, scores = one.points[column]
+        label = f"{one.system}, {_SAYS[one.part]}"
+        style = {"color": _COLOURS[systems.index(one.system)], "linestyle": _STYLES[one.part]}
+        if targets.sum() < _FEW or np.isnan(scores).any():
+            axes.plot([], [], label=label, **style)
+            continue
+        recall, precision = metrics.precision_recall(targets, scores)
+        axes.step([0, *recall], [precision[0], *precision], where="post", label=label, **style)
+        if one.system == systems[0]:
+            _mark(axes, targets, scores, one.limits[column], style["color"])
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+
+
+def _mark(axes: Any, targets: FloatArray, scores: FloatArray, limit: float, colour: str) -> None:
+    """A dot where the shipped threshold lies."""
+    above = scores > limit
+    if above.any():
+        recall, precision = targets[above].sum() / targets.sum(), targets[above].mean()
+        axes.plot(recall, precision, "o", color=colour, markersize=6, markeredgecolor="white")
+
+
+def _reliability(axes: Any, column: str, drawn: Sequence[Drawn]) -> None:
+    axes.plot([0, 1], [0, 1], color="#c3c8cf", linewidth=1, label="as predicted")
+    for one, colour in zip(drawn, _COLOURS, strict=False):
+        targets, scores = one.points[column]
+        bins = metrics.reliability(targets, scores)
+        full = bins.counts > 0
+        error = float(metrics.calibration_error(targets, scores)) if len(targets) else float("nan")
+        style = {"color": colour, "linestyle": _STYLES[one.part]}
+        axes.plot(bins.predicted[full], bins.observed[full], label=_SAYS[one.part], **style)
+        sizes = 6 + 90 * np.sqrt(bins.counts[full] / max(1.0, bins.counts.sum()))
+        axes.scatter(bins.predicted[full], bins.observed[full], s=sizes, color=colour, alpha=0.8)
+        place = 0.92 if one.part == "report" else 0.84
+        axes.text(
+            0.03, place, f"ECE {error:.3f}", color=colour, transform=axes.transAxes, fontsize=9
+        )
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted", ylabel="share harmful")
+
+
+def _histogram(axes: Any, column: str, drawn: Sequence[Drawn]) -> None:
+    targets = np.concatenate([one.points[column][0] for one in drawn])
+    scores = np.concatenate([one.points[column][1] for one in drawn])
+    edges = np.linspace(0, 1, 26)
+    for wanted, colour, label in ((0, _HARMLESS, "harmless"), (1, _HARMFUL, "harmful")):
+        axes.hist(scores[targets == wanted], edges, color=colour, alpha=0.65, label=label)
+    axes.axvline(drawn[0].limits[column], color=_LIMIT, linestyle=":", label="threshold")
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set(xlim=(0, 1), xlabel="score", ylabel="texts")
+
+
+def _smooth(values: FloatArray, share: float = 0.03) -> FloatArray:
+    """Means over a window of some steps, of what there is at the ends."""
+    width = max(1, int(len(values) * share))
+    kernel = np.ones(width)
+    counts = np.convolve(np.ones(len(values)), kernel, mode="same")
+    smoothed: FloatArray = np.convolve(values, kernel, mode="same") / counts
+    return smoothed
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#eef0f2", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _pyplot() -> Any:
+    mpl.use("Agg")  # files only: no screen is asked for
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Which rows the evaluation looks at: the same ones each time, more of them for a larger sample."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from detectors.harms import HARMFUL
+from training import rows, sources
+from training.measure import SURE
+from training.rows import Parts, Row
+
+_UNSEEN, _LONG, _STAND_IN = 3, 2, 4  # times the sample: there are few such sources
+
+
+class StandIn(NamedTuple):
+    """A source that nobody trains on, in the place of a public benchmark of the same kind."""
+
+    place: str  # what it stands in for
+    column: str = HARMFUL  # whose label counts
+
+
+STAND_INS: Final = {
+    "beavertails_even": StandIn("preference-style answers"),
+    "saferlhf_mini": StandIn("preference-style answers"),
+    "salad_vlm_replies": StandIn("jailbreak answers"),
+    "do_not_answer": StandIn("answers to borderline prompts"),
+    "or_bench_replies": StandIn("answers to borderline prompts"),
+    "dynacounter": StandIn("counter-speech"),
+    "toxicchat_train": StandIn("general prompts"),
+    "tweeteval_hate": StandIn("hate posts", "hate_speech"),
+    "alpaca_eval": StandIn("long harmless answers"),
+}
+LOOK_ALIKES: Final = frozenset({"or_bench_hard", "or_bench_80k_sample", "cyberseceval_frr"})
+
+
+class Sets(NamedTuple):
+    """Rows by what they are for. No prompt of `fit` is in any but itself."""
+
+    fit: list[Row]  # what may be trained on, all of it
+    calibrate: list[Row]  # the floor's calibration and thresholds, as the export makes ours
+    calibrate_harmless: list[Row]
+    report: list[Row]
+    unseen: list[Row]
+    long_harmless: list[Row]  # of report and unseen; some are in those two as well
+    stand_ins: list[Row]
+
+
+def read(data: Path, sample: int) -> Sets:
+    """sample: rows of each source of `report`; others in proportion. Raises FileNotFoundError."""
+    parts = rows.split(rows.read(data / "permissive"))
+    return Sets(
+        fit=parts.fit,
+        calibrate=_some(parts.calibrate, sample),
+        calibrate_harmless=_some(filter(is_long_harmless, parts.calibrate), _LONG * sample),
+        report=_some(parts.report, sample),
+        unseen=_some(parts.unseen, _UNSEEN * sample),
+        long_harmless=_some(_long_harmless(parts), _LONG * sample),
+        stand_ins=_stand_ins(data / "noncommercial", parts, sample),
+    )
+
+
+def is_long_harmless(row: Row) -> bool:
+    """Whether it is a reply of a source of long harmless ones, and labelled so."""
+    return (
+        row.source in sources.LONG_HARMLESS
+        and row.kind == "reply"
+        and row.targets[-1] == 0
+        and row.weights[-1] >= SURE
+    )
+
+
+def distinct(some: Iterable[Row]) -> list[Row]:
+    """Each row once."""
+    return list({row.id: row for row in some}.values())
+
+
+def _long_harmless(parts: Parts) -> Iterator[Row]:
+    return filter(is_long_harmless, (*parts.report, *parts.unseen))
+
+
+def _stand_ins(folder: Path, parts: Parts, sample: int) -> list[Row]:
+    """Rows on prompts that were not trained on. Nothing, where the folder is not there."""
+    if not folder.is_dir():
+        return []
+    trained = {row.group for row in parts.fit}
+    found = (row for row in rows.read(folder) if row.source in STAND_INS)
+    return _some((row for row in found if row.group not in trained), _STAND_IN * sample)
+
+
+def _some(members: Iterable[Row], most: int) -> list[Row]:
+    """At most so many of each source; the first by a hash, so a larger sample keeps them all."""
+    by_source: dict[str, list[Row]] = defaultdict(list)
+    for row in members:
+        by_source[row.source].append(row)
+    ordered = (sorted(group, key=_hash) for _, group in sorted(by_source.items()))
+    return [row for group in ordered for row in group[:most]]
+
+
+def _hash(row: Row) -> bytes:
+    return sha256(f"evaluate/{row.id}".encode()).digest()

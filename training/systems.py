@@ -1,0 +1,122 @@
+"""What is compared: the models, their fp32 graphs, what they make together, the floor, others."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from detectors.harms import DEFAULT_THRESHOLDS
+from detectors.keywords import Keywords
+from detectors.protocol import FloatArray
+from training import baselines, scores
+from training.rows import Row
+from training.scores import Judged, OfFolder, Scorer
+from training.sets import Sets, distinct
+
+SERVED: Final = "as served"
+FLOOR: Final = "TF-IDF + logistic regression"
+_KEYWORDS: Final = Path(__file__).resolve().parent.parent / "detectors" / "keywords.toml"
+
+
+class System(NamedTuple):
+    """One thing that is compared, with its scores of the rows that it was asked for."""
+
+    name: str
+    thresholds: Mapping[str, float]
+    known: Mapping[str, FloatArray]  # row id -> (S, 7)
+
+    def judged(self, rows: Sequence[Row]) -> Judged:
+        """Those of the rows that it was asked for."""
+        some = [row for row in rows if row.id in self.known]
+        return scores.judge(some, [self.known[row.id] for row in some], self.thresholds)
+
+
+class Compare:
+    """Scores every system on the rows that it is compared on."""
+
+    def __init__(self, chosen: Sets, models: Sequence[Path], runs: Path, threads: int) -> None:
+        """runs: where fp32 graphs are looked for and scores are kept."""
+        self._chosen = chosen
+        self._folders = {_name(folder, models): folder for folder in models}
+        self._runs, self._kept, self._threads = runs, runs / "scores", threads
+        self._all = distinct(
+            (*chosen.report, *chosen.unseen, *chosen.long_harmless, *chosen.stand_ins)
+        )
+
+    def models(self) -> Iterator[System]:
+        """Each model, those that serve together, and last what is served."""
+        found = {name: OfFolder(folder, f"{name} int8") for name, folder in self._folders.items()}
+        alone = {name: self._through(model, self._all) for name, model in found.items()}
+        yield from alone.values()
+        pair = _pair(found)
+        whole = _together([alone[name] for name in pair])
+        if len(pair) > 1:
+            yield whole
+        yield _served(whole, self._all)
+
+    def exact(self) -> Iterator[System]:
+        """The same with fp32 graphs, where there are any, on what is reported by harm: they take
+        more than twice the time."""
+        rows = distinct((*self._chosen.report, *self._chosen.unseen))
+        twins = {
+            name: OfFolder(twin, name)
+            for name, folder in self._folders.items()
+            if (twin := scores.fp32_twin(folder, self._runs))
+        }
+        alone = {name: self._through(model, rows) for name, model in twins.items()}
+        yield from alone.values()
+        pair = _pair(twins)
+        if len(pair) > 1:
+            yield _together([alone[name] for name in pair])
+
+    def others(self) -> Iterator[System]:
+        """The floor and the small baselines. Raises BaselineMissing."""
+        from training.floor import Floor, Rows  # its libraries take seconds to import
+
+        small = baselines.installed()
+        rows = Rows(self._chosen.fit, self._chosen.calibrate, self._chosen.calibrate_harmless)
+        yield self._through(Floor(FLOOR, rows, self._kept), self._all)
+        for baseline in small:
+            yield self._through(baseline, self._all)
+
+    def _through(self, scorer: Scorer, rows: list[Row]) -> System:
+        found = scores.scored(scorer, rows, self._kept, self._threads)
+        known = {row.id: of_row for row, of_row in zip(rows, found, strict=True)}
+        return System(scorer.name, {**DEFAULT_THRESHOLDS, **scorer.thresholds}, known)
+
+
+def main_of(systems: Sequence[System]) -> System:
+    """The models together, as they serve: what stands right before what is served."""
+    names = [system.name for system in systems]
+    return systems[names.index(SERVED) - 1]
+
+
+def _name(folder: Path, among: Sequence[Path]) -> str:
+    """The folder's name, with its parent's where two are called the same."""
+    alike = sum(other.name == folder.name for other in among)
+    return folder.name if alike == 1 else f"{folder.parent.name}/{folder.name}"
+
+
+def _pair(models: Mapping[str, OfFolder]) -> list[str]:
+    """The names of the models that serve together: the first of each kind."""
+    first: dict[str, str] = {}
+    for name, model in models.items():
+        first.setdefault(model.kind, name)
+    return list(first.values())
+
+
+def _together(parts: Sequence[System]) -> System:
+    """Several detectors as the worker combines them; of two thresholds the first's, as there."""
+    if len(parts) == 1:
+        return parts[0]
+    ids = list(parts[0].known)
+    found = scores.together([[part.known[i] for i in ids] for part in parts])
+    name = " + ".join(part.name for part in parts)
+    return System(name, parts[0].thresholds, dict(zip(ids, found, strict=True)))
+
+
+def _served(whole: System, rows: Sequence[Row]) -> System:
+    """What `tidegate moderate` says: keywords, and texts too short to judge, come first."""
+    keywords = Keywords.load(_KEYWORDS)
+    found = scores.with_keywords(keywords, rows, [whole.known[row.id] for row in rows])
+    known = {row.id: of_row for row, of_row in zip(rows, found, strict=True)}
+    return System(SERVED, whole.thresholds, known)
