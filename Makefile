@@ -5,10 +5,10 @@ DATA ?=
 LOCK := $(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-annotate \
 	--custom-compile-command "make lock" pyproject.toml
 
-.PHONY: help setup demo test check unit broker bench train lock clean
+.PHONY: help setup demo test check unit broker bench test-train train lock clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 .venv/.done: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,9 @@ bench: setup ## the benchmarks, peers beside ours
 	$(PYTHON) -m venv .venv-train
 	.venv-train/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements/train.txt
 	@touch $@
+
+test-train: .venv-train/.done ## the tests that need torch: export and its parity, in .venv-train
+	.venv-train/bin/python -m pytest -m train tests/models
 
 train: .venv-train/.done ## classifier from data to models/: make train DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=folder"; exit 2; }

@@ -2,12 +2,17 @@
 
 The steps are those of the package: graph, int8, parity; then calibration, thresholds and figures
 from the int8 graph, because that is the one that serves; then the manifest.
+
+Somebody else's classifier, a folder in Hugging Face's layout: `python -m export --hf FOLDER
+--labels MAP.toml --out models/NAME`; see export/foreign.py and export/label_map.py.
 """
 
 import argparse
 import json
 import random
 import shutil
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,9 +20,11 @@ from typing import Any, Final, NamedTuple
 from detectors.calibrate import Calibration
 from detectors.protocol import Window
 from detectors.tokens import PairTokens
-from export import card, manifest, parity
+from export import card, foreign, manifest, parity
+from export.errors import ExportError
+from export.fuse import fuse, halve
 from export.quantize import quantize
-from export.to_onnx import opset, to_onnx
+from export.to_onnx import of_judge, opset, to_onnx, write
 from training import base, measure, rows, sources, thresholds
 from training.measure import Scored
 from training.model import load
@@ -38,30 +45,82 @@ class _Choice(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Checkpoint to model folder, figures printed."""
     arguments = _arguments(argv)
+    if arguments.hf is not None:
+        _foreign(arguments)
+        return
     run, out, work = arguments.checkpoint, arguments.out, arguments.checkpoint / "onnx"
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
     parts = rows.split(rows.read(arguments.data / "permissive"))
     tokens = PairTokens((run / manifest.TOKENIZER).read_bytes())
-    figures = _graphs(run, work, _windows(parts.report, tokens))
+    windows = _windows(parts.report, tokens)
+    figures = _graphs(run, work, windows)
+    if arguments.cuda:
+        figures |= _for_cuda(run, out, windows)
     shutil.copyfile(work / manifest.MODEL, out / manifest.MODEL)
     shutil.copyfile(run / manifest.TOKENIZER, out / manifest.TOKENIZER)
     scored = _scored(parts, tokens, out / manifest.MODEL, arguments.threads)
     choice = _choose(scored)
     figures |= _figures(scored, choice)
     provenance = _provenance(arguments.data / "permissive", run)
-    made = manifest.Made(opset(out / manifest.MODEL), *choice, provenance, figures)
+    made = manifest.Made(
+        opset(out / manifest.MODEL), *choice, provenance, figures, layout=tokens.layout,
+        graphs=("int8", "fp16") if arguments.cuda else ("int8",),
+    )  # fmt: skip
     manifest.write(out, manifest.contents(out, made))
     print(card.tables(manifest.without_nan(figures), choice.thresholds))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run folder of training")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", type=Path, help="run folder of training")
+    source.add_argument("--hf", type=Path, help="folder of a sequence classifier, safetensors")
+    parser.add_argument("--labels", type=Path, help="with --hf: label map, a file or its name")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
+    parser.add_argument("--data", type=Path, help="folder that holds permissive/")
+    parser.add_argument(
+        "--serve", choices=("int8", "fp32"), default="int8", help="with --hf: on CPU"
+    )
+    parser.add_argument("--cuda", action="store_true", help="fp16 too; --hf always writes it")
     parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.checkpoint is not None and arguments.data is None:
+        parser.error("--checkpoint needs --data: calibration and thresholds come from it")
+    if arguments.hf is not None and arguments.labels is None:
+        parser.error("--hf needs --labels: what its labels mean to us")
+    return arguments
+
+
+def _foreign(arguments: argparse.Namespace) -> None:
+    asked = foreign.Asked(
+        arguments.hf, arguments.labels, arguments.out, arguments.data, arguments.serve,
+        arguments.threads,
+    )  # fmt: skip
+    try:
+        found = foreign.export(asked)
+    except (ExportError, parity.ParityError) as error:
+        sys.exit(f"export: {error}")
+    print(json.dumps(found["metrics"], indent=1))
+
+
+def _for_cuda(run: Path, out: Path, windows: list[Window]) -> dict[str, Any]:
+    """Writes the fp16 graph too. Raises ParityError where it is not the checkpoint."""
+    classifier = of_judge(load(run))
+    config = classifier.encoder.config
+    fp16 = out / manifest.GRAPHS["fp16"]
+    with tempfile.TemporaryDirectory() as work:
+        whole, fused = Path(work) / "whole.onnx", Path(work) / "fused.onnx"
+        write(classifier, whole, whole=True)
+        counted = fuse(whole, fused, config.num_attention_heads, config.hidden_size)
+        halve(fused, fp16)
+    reference = parity.of_classifier(classifier)
+    largest = parity.check(reference, fp16, windows, parity.FP16_TOLERANCE)
+    print(f"fp16 off by {largest:.1e}; attentions fused: {counted.fused} of {counted.attentions}")
+    return {
+        "fp16_largest_logit_error": f"{largest:.1e}",
+        "attentions_fused": f"{counted.fused} of {counted.attentions}",
+    }
 
 
 def _graphs(run: Path, work: Path, windows: list[Window]) -> dict[str, Any]:
@@ -143,10 +202,16 @@ def _harmful_of_replies(scored: Scored, choice: _Choice) -> dict[str, Any]:
 
 def _provenance(data: Path, run: Path) -> dict[str, Any]:
     untrained = sources.UNUSED | sources.UNSEEN
+    settings = json.loads((run / "settings.json").read_text())
+    origin = base.BASES[settings.get("base", "minilm")]
     return {
-        "base": {"name": base.NAME, "package": base.REQUIREMENT, "licence": base.LICENCE},
+        "base": {
+            "name": origin.name,
+            "package": " ".join(origin.requirements),
+            "licence": origin.licence,
+        },
         "licence": "Apache-2.0",
-        "settings": json.loads((run / "settings.json").read_text()),
+        "settings": settings,
         "data": {s: licence for s, licence in rows.licences(data).items() if s not in untrained},
         "held_out_sources": sorted(sources.UNSEEN),
     }

@@ -3,8 +3,32 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from detectors.harms import COLUMNS, THRESHOLD_KEYS
+from detectors.harms import COLUMNS, HARMFUL, THRESHOLD_KEYS
 
+_STUB: Final = """# {source}, as exported
+
+Made by `python -m export --hf`; what is not known is left open below. Fill it in before you ship.
+
+- Architecture: {architecture}; judges {inputs}.
+- Trained on: {data}.
+- Licence: {licence}.
+- Columns that no label feeds, and that always score 0: {silent}.
+- Scores: {calibrated}.
+- Graphs: fp32 off by {fp32}, fp16 by {fp16} (largest logit); int8 moves scores by {int8:.4f} at
+  most; attentions fused for CUDA: {fused}.
+
+## Labels
+
+{labels}
+
+## How good it is
+
+{figures}
+
+## Where it fails
+
+(not written yet)
+"""
 _COLUMNS: Final = ("auprc", "auroc", "precision", "recall", "f1", "ece")
 
 
@@ -16,6 +40,53 @@ def tables(metrics: Mapping[str, Any], thresholds: Mapping[str, float]) -> str:
         _sources(metrics["by_source"]),
     )
     return "\n\n".join(parts)
+
+
+def stub(manifest: Mapping[str, Any]) -> str:
+    """The beginning of a card for somebody else's model, from what the manifest knows."""
+    provenance, metrics = manifest["provenance"], manifest["metrics"]
+    labels = manifest["labels"]
+    spoken = {*labels["columns"]} | ({HARMFUL} if labels["negative"] is not None else set())
+    fitted = ", ".join(provenance["calibrated"])
+    pair = manifest["inputs"] == "pair"
+    return _STUB.format(
+        **{key: provenance[key] for key in ("source", "architecture", "data", "licence")},
+        inputs="text in its conversation" if pair else "text alone, without its conversation",
+        silent=", ".join(column for column in COLUMNS if column not in spoken) or "none",
+        calibrated=f"calibrated on held-out rows: {fitted}" if fitted else "not calibrated",
+        fp32=metrics["fp32_largest_logit_error"],
+        fp16=metrics["fp16_largest_logit_error"],
+        int8=metrics["int8_score_error"]["largest"],
+        fused=metrics["attentions_fused"],
+        labels=_labels(labels),
+        figures=_foreign(manifest),
+    )
+
+
+def _labels(labels: Mapping[str, Any]) -> str:
+    rows = [
+        (column, rule["combine"], ", ".join(rule["labels"]))
+        for column, rule in labels["columns"].items()
+    ]
+    if HARMFUL not in labels["columns"]:
+        rows.append((HARMFUL, "1 - p", labels["negative"]))
+    return _table(("column", f"of ({labels['activation']})", "labels"), rows)
+
+
+def _foreign(manifest: Mapping[str, Any]) -> str:
+    metrics, thresholds = manifest["metrics"], manifest["thresholds"]
+    parts = {"report": "Rows of known sources", "unseen": "Whole sources left out"}
+    keys = dict(zip(COLUMNS, THRESHOLD_KEYS, strict=True))
+    tables = [
+        f"### {title}\n\n"
+        + _table(
+            ("column", "threshold", "pos", "neg", *_COLUMNS),
+            [(c, thresholds[keys[c]], *_row(found)) for c, found in metrics[part].items()],
+        )
+        for part, title in parts.items()
+        if part in metrics
+    ]
+    return "\n\n".join(tables) or "(not measured: export with --data)"
 
 
 def _harms(

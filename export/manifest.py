@@ -5,14 +5,27 @@ import math
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from detectors.calibrate import Calibration
 from detectors.harms import COLUMNS
-from detectors.session import FORMAT
-from detectors.tokens import DEFAULT_LENGTHS, Lengths
+from detectors.labels import LabelMap
+from detectors.session import FORMAT, Precision
+from detectors.tokens import DEFAULT_LENGTHS, Inputs, Layout, Lengths
 
 MODEL, TOKENIZER = "model.int8.onnx", "tokenizer.json"
+GRAPHS: Final[Mapping[Precision, str]] = {
+    "fp32": "model.fp32.onnx",
+    "fp16": "model.fp16.onnx",
+    "int8": MODEL,
+}
+_PRECISIONS: Final = {
+    "fp32": "fp32",
+    "fp16": "fp16, attention fused",
+    "int8": "int8, dynamic, weights per channel",
+}
 
 
 class Made(NamedTuple):
@@ -24,20 +37,32 @@ class Made(NamedTuple):
     provenance: Mapping[str, Any]
     metrics: Mapping[str, Any]
     lengths: Lengths = DEFAULT_LENGTHS
+    layout: Layout | None = None  # None: by the names of the special tokens
+    inputs: Inputs = "pair"
+    labels: LabelMap | None = None  # None: the logits are our columns
+    max_tokens: int | None = None
+    graphs: tuple[Precision, ...] = ("int8",)
+    serves: Precision = "int8"  # on CPU
 
 
 def contents(folder: Path, made: Made) -> dict[str, Any]:
-    """The manifest of a folder that holds the graph and the tokenizer already."""
+    """The manifest of a folder that holds graphs and tokenizer already."""
+    graphs = {kind: GRAPHS[kind] for kind in made.graphs}
     return {
         "format": FORMAT,
         "name": "toxicity",
         "columns": list(COLUMNS),
-        "model": MODEL,
+        "model": GRAPHS[made.serves],
+        "graphs": graphs,
         "tokenizer": TOKENIZER,
-        "precision": "int8, dynamic, weights per channel",
+        "precision": _PRECISIONS[made.serves],
         "opset": made.opset,
+        "inputs": made.inputs,
+        "layout": msgspec.to_builtins(made.layout),
         "lengths": made.lengths._asdict(),
-        "files": digests(folder, (MODEL, TOKENIZER)),
+        "max_tokens": made.max_tokens,
+        "labels": msgspec.to_builtins(made.labels),
+        "files": digests(folder, (*graphs.values(), TOKENIZER)),
         "calibration": _pairs(made.calibration),
         "thresholds": dict(made.thresholds),
         "provenance": dict(made.provenance),
