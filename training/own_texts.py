@@ -25,10 +25,12 @@ SOURCES: Final = (
     "own_harmless_replies",
 )  # fmt: skip
 
-_HEAD: Final = re.compile(r"(?P<sign>[+-])(?P<harms>[vhmpis]*)(?::(?P<kind>[cq]))? (?P<text>.+)")
+_HEAD: Final = re.compile(
+    r"(?P<sign>[+-])(?P<harms>[vhmpis]*)(?::(?P<kind>[cq]))?(?P<bound>!?) (?P<text>.+)"
+)
 _KINDS: Final = {None: "reply", "c": "comment", "q": "prompt"}
 _BY_LETTER: Final = {harm[0]: harm for harm in HARMS}
-_VARIANTS: Final = 4  # of a frame whose slots allow that many
+_VARIANTS: Final = 3  # of a frame whose slots allow that many
 _TURNABLE: Final = 420  # characters; a longer text says enough by itself
 _LONGEST: Final = 900
 _OPENINGS: Final = "openings"
@@ -41,17 +43,18 @@ class Frame(NamedTuple):
     family: str
     kind: str
     harmful: bool
-    harms: frozenset[str]
-    questions: tuple[str, ...]
+    harms: tuple[str, ...]
+    questions: tuple[str, ...]  # of a reply
+    bound: bool  # the label holds under these questions alone
     text: str
 
 
 class Filled(NamedTuple):
-    """A frame with its slots filled. harm_from: characters before the harm begins."""
+    """A frame with its slots filled. turns_at: characters before the part that the label is of."""
 
     turns: tuple[str, ...]  # of user and assistant, in turn
     text: str
-    harm_from: int
+    turns_at: int
 
 
 def own_rows() -> list[dict[str, Any]]:
@@ -112,24 +115,44 @@ def _frame(source: str, family: str, questions: tuple[str, ...], line: str, numb
         family=f"{source}/{family}",
         kind=_KINDS[head["kind"]],
         harmful=head["sign"] == "+",
-        harms=frozenset(_BY_LETTER[letter] for letter in head["harms"]),
-        questions=questions,
+        harms=tuple(_BY_LETTER[letter] for letter in head["harms"]),
+        questions=() if head["kind"] else questions,
+        bound=bool(head["bound"]),
         text=head["text"].replace("\\n", "\n"),
     )
 
 
 @cache
 def _rows() -> tuple[dict[str, Any], ...]:
-    openings = [(frame, in_dev(frame.family)) for frame in _read(_OPENINGS)]
+    openings = _read(_OPENINGS)
     seen: set[tuple[str, ...]] = set()
     found = []
     for source in SOURCES:
-        for frame in _read(source):
-            split = in_dev(frame.family)
-            mine = [opening for opening, dev in openings if dev == split]
-            fresh = [v for v in _variants(frame, mine) if not _repeats(v, seen)]
+        of_source = _read(source)
+        for frame in of_source:
+            around = _around(frame, of_source, openings)
+            fresh = [v for v in _variants(frame, around) if not _repeats(v, seen)]
             found += [_record(frame, number, filled) for number, filled in enumerate(fresh)]
     return tuple(found)
+
+
+class _Around(NamedTuple):
+    """What a text may stand behind, all of its split."""
+
+    openings: list[Frame]  # ordinary answers to other questions
+    twins: list[Frame]  # harmless answers to its own
+
+
+def _around(frame: Frame, of_source: list[Frame], openings: list[Frame]) -> _Around:
+    dev = in_dev(frame.family)
+    twins = [
+        other
+        for other in of_source
+        if (other.family, other.questions) == (frame.family, frame.questions)
+        and other.kind == "reply" and other.text != frame.text
+        and not (other.harmful or other.bound)
+    ]  # fmt: skip
+    return _Around([opening for opening in openings if in_dev(opening.family) == dev], twins)
 
 
 def _read(name: str) -> list[Frame]:
@@ -143,45 +166,71 @@ def _repeats(filled: Filled, seen: set[tuple[str, ...]]) -> bool:
     return known
 
 
-def _variants(frame: Frame, openings: list[Frame]) -> Iterator[Filled]:
-    """Each frame is its own seed, so a new frame changes no other frame's texts."""
+def _variants(frame: Frame, around: _Around) -> Iterator[Filled]:
+    """Each frame is its own seed, so that a new one leaves the texts of the others alone."""
     chance = random.Random(f"{frame.family}/{frame.kind}/{frame.text}")
     plain = list(_fillings(frame, chance))
     yield from plain
     if frame.source == "own_hate" and frame.kind != "prompt":
         yield _respelt(plain[0], chance)
-    if frame.kind != "prompt" and len(plain[-1].text) <= _TURNABLE and plain[-1].harm_from == 0:
-        turned = _turned(plain[-1], chance.choice(openings), chance)
-        if len(turned.text) <= _LONGEST:
-            yield turned
+    if frame.kind == "prompt" or "§" in frame.text:
+        return
+    longer = [] if frame.kind == "comment" else [_dressed(frame, chance)]
+    if not frame.bound and len(frame.text) <= _TURNABLE:
+        longer.append(_turned(frame, chance.choice(around.openings), chance))
+        if frame.kind == "reply" and around.twins:
+            longer.append(_behind_twins(frame, around.twins, chance))
+    yield from (filled for filled in longer if len(filled.text) <= _LONGEST)
 
 
 def _fillings(frame: Frame, chance: random.Random) -> Iterator[Filled]:
-    """With a question and without; more where slots make texts that differ."""
+    """With a question and, unless the label hangs on it, without; more where slots allow it."""
     known: set[str] = set()
     for number in range(_VARIANTS):
-        turns, text = _filled(frame, chance)
-        if text in known and not (number == 1 and turns):
+        filled = _filled(frame, frame.text, chance)
+        alone = number == 1 and not frame.bound
+        if filled.text in known and not (alone and filled.turns):
             continue
-        known.add(text)
-        if number == 1:  # the second stands alone, so that the question decides nothing
-            turns = ()
-        yield Filled(turns, text.replace("§", ""), max(text.find("§"), 0))
+        known.add(filled.text)
+        yield filled._replace(turns=()) if alone else filled
 
 
-def _filled(frame: Frame, chance: random.Random) -> tuple[tuple[str, ...], str]:
+def _filled(frame: Frame, text: str, chance: random.Random) -> Filled:
     """Question and answer share their slots: the same person is asked for and told of."""
     question = chance.choice(frame.questions) if frame.questions else ""
-    whole = fill(f"{question}\x00{frame.text}", chance)
-    asked, _, text = whole.partition("\x00")
-    return tuple(asked.split(" || ")) if asked else (), text
+    asked, _, text = fill(f"{question}\x00{text}", chance).partition("\x00")
+    turns = tuple(asked.split(" || ")) if asked else ()
+    return Filled(turns, text.replace("§", ""), max(text.find("§"), 0))
 
 
-def _turned(filled: Filled, opening: Frame, chance: random.Random) -> Filled:
+def _turned(frame: Frame, opening: Frame, chance: random.Random) -> Filled:
     """The text as the last part of an ordinary answer to an ordinary question."""
-    asked, begun = _filled(opening, chance)
-    before = begun + ("\n\n" if "\n" in begun else chance.choice((" ", " ", "\n\n", "\n")))
-    return Filled(asked, before + filled.text, len(before))
+    return _filled(opening, f"{opening.text}{_gap(opening.text, chance)}§{frame.text}", chance)
+
+
+def _behind_twins(frame: Frame, twins: list[Frame], chance: random.Random) -> Filled:
+    """The text behind one or two harmless answers to the same question."""
+    before = chance.sample(twins, min(len(twins), chance.choice((1, 2))))
+    begun = "".join(f"{twin.text}{_gap(twin.text, chance)}" for twin in before)
+    return _filled(frame, f"{begun}§{frame.text}", chance)
+
+
+def _gap(before: str, chance: random.Random) -> str:
+    return "\n\n" if "\n" in before else chance.choice((" ", " ", "\n\n", "\n"))
+
+
+def _dressed(frame: Frame, chance: random.Random) -> Filled:
+    """With the polite words that models put around anything, harmful or not."""
+    first, last = chance.choice(_polite("lead")), chance.choice(_polite("close"))
+    first, last = chance.choice(((first, ""), ("", last), (first, last)))
+    gap = chance.choice((" ", "\n\n"))
+    return _filled(frame, gap.join(part for part in (first, frame.text, last) if part), chance)
+
+
+@cache
+def _polite(part: str) -> tuple[str, ...]:
+    lines = (TEXTS / "polite.txt").read_text(encoding="utf-8").splitlines()
+    return tuple(line.partition(": ")[2] for line in lines if line.startswith(f"{part}: "))
 
 
 _LEET: Final = str.maketrans({"a": "4", "e": "3", "i": "1", "o": "0", "s": "5", "t": "7"})
@@ -215,7 +264,7 @@ def _dropped(word: str, chance: random.Random) -> str:
 
 
 def _record(frame: Frame, number: int, filled: Filled) -> dict[str, Any]:
-    digest = sha256(f"{frame.family}/{frame.kind}/{frame.text}".encode()).hexdigest()[:12]
+    digest = sha256(repr(frame).encode()).hexdigest()[:12]
     users = filled.turns[::2]
     return {
         "id": f"{frame.source}/{digest}/{number}",
@@ -227,13 +276,13 @@ def _record(frame: Frame, number: int, filled: Filled) -> dict[str, Any]:
             for at, turn in enumerate(filled.turns)
         ],
         "text": filled.text,
-        "kind": frame.kind,
+        "kind": "reply" if filled.turns else frame.kind,  # a post that ends an answer is part of it
         "harmful": int(frame.harmful),
         "labels": {harm: int(harm in frame.harms) for harm in HARMS},
         "split": "dev" if in_dev(frame.family) else "train",
         "group": sha256((users[-1] if users else filled.text).encode()).hexdigest()[:10],
         "family": frame.family,
-        "harm_from": filled.harm_from,
+        "turns_at": filled.turns_at,
     }
 
 

@@ -17,7 +17,7 @@ from training.own_texts import SOURCES, frames, own_rows
 
 FIELDS = {
     "id", "source", "licence", "quality", "context", "text", "kind", "harmful", "labels", "split",
-    "group", "family", "harm_from",
+    "group", "family", "turns_at",
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_no_slot_or_mark_is_left_in_a_text() -> None:
         said = [record["text"], *(turn["content"] for turn in record["context"])]
         assert not [text for text in said if re.search(r"[§\x00]|\{[a-z_]+\d?\}|\\n|\|\| ", text)]
         assert 10 <= len(record["text"]) <= 900
-        assert 0 <= record["harm_from"] < len(record["text"])
+        assert 0 <= record["turns_at"] < len(record["text"])
 
 
 def test_the_same_files_give_the_same_bytes(
@@ -84,9 +84,10 @@ def test_no_family_question_or_text_lies_in_both_splits() -> None:
     for record in own_rows():
         splits["family", record["family"]].add(record["split"])
         splits["text", record["text"]].add(record["split"])
-        splits["group", record["group"]].add(record["split"])
-        if record["harm_from"]:
-            splits["before", record["text"][: record["harm_from"]]].add(record["split"])
+        asked = [turn["content"] for turn in record["context"] if turn["role"] == "user"]
+        splits["question", (asked or [record["text"]])[-1]].add(record["split"])
+        if record["turns_at"]:
+            splits["before", record["text"][: record["turns_at"]]].add(record["split"])
     assert not {key for key, found in splits.items() if len(found) > 1}
 
 
@@ -111,7 +112,7 @@ def test_harmless_texts_are_at_least_half_and_every_harm_is_there() -> None:
 
 def test_turned_texts_are_harmful_and_harmless() -> None:
     """Where a text follows an ordinary beginning, the change alone decides nothing."""
-    turned = [record["harmful"] for record in own_rows() if record["harm_from"] > 0]
+    turned = [record["harmful"] for record in own_rows() if record["turns_at"] > 0]
     assert 0.25 <= sum(turned) / len(turned) <= 0.75
 
 
@@ -119,7 +120,7 @@ def test_numbers_belong_to_nobody() -> None:
     """Phones are 555-01xx, mail domains are kept for examples, cards fail their check digit."""
     texts = [record["text"] for record in own_rows()]
     everything = "\n".join(texts)
-    for phone in re.findall(r"555[- ]\d{4}", everything):
+    for phone in re.findall(r"(?<!\d)555[- ]\d{4}", everything):
         assert phone[4:6] == "01"
     for domain in re.findall(r"@([a-z.]+\.[a-z]+)", everything):
         assert domain.endswith((".example", "example.com", "example.org"))
@@ -149,12 +150,12 @@ def test_a_file_is_read_by_its_signs() -> None:
     found = list(frames("own_x", lines))
     assert [frame.questions for frame in found] == [
         ("One?", "Two?"),
-        ("One?", "Two?"),
+        (),  # a post answers nobody
         ("Three?",),
         (),
     ]
     assert [frame.harmful for frame in found] == [True, False, False, False]
-    assert found[0].harms == {"violence", "hate_speech"}
+    assert found[0].harms == ("violence", "hate_speech")
     assert [frame.kind for frame in found] == ["reply", "comment", "reply", "reply"]
     assert [frame.family for frame in found] == ["own_x/a"] * 3 + ["own_x/b"]
 
