@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification
 
+from export import weights
 from export.errors import ExportError
 
 ARCHITECTURES: Final = (
     "bert", "distilbert", "roberta", "xlm-roberta", "deberta", "deberta-v2", "mpnet",
 )  # fmt: skip
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_UNSAFE: Final = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".h5", ".msgpack")
 
 
 def load(folder: Path) -> Any:
@@ -23,7 +21,7 @@ def load(folder: Path) -> Any:
     Raises ExportError where the weights are no safetensors, the architecture is none that was
     tried, or there is no trained head.
     """
-    check_weights(folder)
+    weights.files(folder)
     _check_config(config(folder))
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder,
@@ -52,41 +50,6 @@ def config(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ExportError(f"{folder}: config.json is no object")
     return found
-
-
-def check_weights(folder: Path) -> tuple[Path, ...]:
-    """The weight files, each a whole safetensors. Raises ExportError; nothing is unpickled."""
-    files = _shards(folder)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ExportError(f"{file} is no whole safetensors file: {error}") from error
-    return files
-
-
-def _shards(folder: Path) -> tuple[Path, ...]:
-    if (folder / _WHOLE).is_file():
-        return (folder / _WHOLE,)
-    if (folder / _INDEX).is_file():
-        return _of_index(folder)
-    unsafe = sorted(p.name for p in folder.glob("*") if p.suffix in _UNSAFE)
-    if unsafe:
-        raise ExportError(
-            f"{folder} has its weights in {', '.join(unsafe)} alone: a pickle runs code when it is "
-            f"read, so it is refused. Get the same model as {_WHOLE}, or write it with "
-            "save_pretrained(safe_serialization=True) where you trust its source"
-        )
-    raise ExportError(f"{folder} holds no {_WHOLE}")
-
-
-def _of_index(folder: Path) -> tuple[Path, ...]:
-    names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-    strange = [n for n in names if not n.endswith(".safetensors") or Path(n).name != n]
-    if strange:
-        raise ExportError(f"{folder / _INDEX} leads to {strange}: only safetensors beside it do")
-    return tuple(folder / name for name in names)
 
 
 def _check_config(found: dict[str, Any]) -> None:

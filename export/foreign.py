@@ -18,7 +18,7 @@ from detectors.protocol import FloatArray, Passage, Turn, Window
 from detectors.session import Precision
 from detectors.tokens import DEFAULT_LENGTHS, Inputs, Lengths, PairTokens
 from detectors.toxicity import Toxicity
-from export import calibrate, card, checkpoint, label_map, manifest, parity, tokenizer
+from export import calibrate, card, checkpoint, label_map, manifest, parity, tokenizer, weights
 from export.errors import ExportError
 from export.fuse import Fused, fuse, halve
 from export.label_map import LabelFile
@@ -164,14 +164,14 @@ def _fitted(
 def _provenance(
     asked: Asked, labels: LabelFile, architecture: str, fitted: calibrate.Fitted
 ) -> dict[str, Any]:
-    weights = checkpoint.check_weights(asked.folder)
+    files = weights.files(asked.folder)
     return {
         "source": labels.source,
         "architecture": architecture,
         "licence": labels.licence,
         "data": labels.data,
         "label_map": asked.labels.name,
-        "checkpoint": manifest.digests(asked.folder, [file.name for file in weights]),
+        "checkpoint": manifest.digests(asked.folder, [file.name for file in files]),
         "calibrated": list(fitted.columns),
     }
 
