@@ -33,9 +33,14 @@ class Batch(NamedTuple):
     feeds: Mapping[str, IntArray]  # input name -> (rows, tokens)
 
 
-def shapes(longest: int, batch_tokens: int = _BATCH_TOKENS) -> tuple[Shape, ...]:
-    """Shapes for windows of up to `longest` tokens, shortest first."""
-    last = -(-longest // _MULTIPLE) * _MULTIPLE
+def shapes(
+    longest: int, positions: int | None = None, batch_tokens: int = _BATCH_TOKENS
+) -> tuple[Shape, ...]:
+    """Shapes for windows of up to `longest` tokens, shortest first.
+
+    positions: how many the model has; padding behind the last one would be out of its table.
+    """
+    last = min(-(-longest // _MULTIPLE) * _MULTIPLE, positions or 10**9)
     lengths = [*(length for length in _LENGTHS if length < last), last]
     return tuple(Shape(min(_MOST_ROWS, max(1, batch_tokens // n)), n) for n in lengths)
 

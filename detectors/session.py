@@ -184,7 +184,7 @@ class _Buckets:
             raise ModelError("the manifest names no padding token: export the model again")
         self._session = session
         self._pad = manifest.layout.pad
-        self._shapes = shapes(manifest.longest())
+        self._shapes = shapes(manifest.longest(), manifest.max_tokens)
         self._outputs = manifest.outputs()
         self._device = device
         self._record = record

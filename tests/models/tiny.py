@@ -30,19 +30,17 @@ def checkpoint(kind: str, folder: Path, labels: Sequence[str], **changes: Any) -
 
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size, special = _TOKENIZERS[kind](folder)
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-        **special,
-        **_EXTRA.get(kind, {}),
-        **changes,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    settings |= special | _EXTRA.get(kind, {}) | changes
+    config = AutoConfig.for_model(kind, **settings)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config)
     for name, parameter in model.named_parameters():

@@ -30,6 +30,12 @@ def test_shapes_reach_the_longest_window_and_no_further() -> None:
     assert buckets.shapes(512, batch_tokens=100)[-1] == Shape(1, 512)
 
 
+def test_no_shape_is_longer_than_the_model_has_positions() -> None:
+    """Rounded up it would be 64, and position 60 is in no table."""
+    assert buckets.shapes(59, positions=60)[-1].tokens == 60
+    assert buckets.shapes(59, positions=512)[-1].tokens == 64
+
+
 @given(st.lists(st.integers(1, 16), max_size=20))
 def test_every_window_is_in_one_batch_that_it_fits(lengths: list[int]) -> None:
     """Whatever they are, and in a shape that its own length chooses, not its company."""
