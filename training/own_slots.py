@@ -171,5 +171,7 @@ _MAKERS: Final[Mapping[str, Make]] = {
     ),
     "n": lambda chance: str(chance.randint(3, 40)),
     "year": lambda chance: str(chance.randint(1995, 2024)),
-    "money": lambda chance: f"{chance.randint(2, 95) * 10}",
+    "money": lambda chance: f"{chance.choice('$$€£')}{chance.randint(2, 95) * 10}",
+    "open": lambda _: "{",
+    "close": lambda _: "}",
 }
