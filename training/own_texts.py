@@ -199,6 +199,7 @@ def _filled(frame: Frame, text: str, chance: random.Random) -> Filled:
     """Question and answer share their slots: the same person is asked for and told of."""
     question = chance.choice(frame.questions) if frame.questions else ""
     asked, _, text = fill(f"{question}\x00{text}", chance).partition("\x00")
+    text = chance.choice((_contracted, _expanded))(text)
     turns = tuple(asked.split(" || ")) if asked else ()
     return Filled(turns, text.replace("§", ""), max(text.find("§"), 0))
 
@@ -225,6 +226,19 @@ def _dressed(frame: Frame, chance: random.Random) -> Filled:
     first, last = chance.choice(((first, ""), ("", last), (first, last)))
     gap = chance.choice((" ", "\n\n"))
     return _filled(frame, gap.join(part for part in (first, frame.text, last) if part), chance)
+
+
+_LONG_FORMS: Final = re.compile(r"\b([Dd]o|[Dd]oes|[Dd]id|[Ii]s|[Aa]re|[Ww]as|[Hh]as) not\b")
+_SHORT_FORMS: Final = re.compile(r"\b([Dd]o|[Dd]oes|[Dd]id|[Ii]s|[Aa]re|[Ww]as|[Hh]as)n't\b")
+
+
+def _contracted(text: str) -> str:
+    return _LONG_FORMS.sub(r"\1n't", text).replace("will not", "won't").replace("cannot", "can't")
+
+
+def _expanded(text: str) -> str:
+    """By chance one or the other, so that no habit of writing goes with a label."""
+    return _SHORT_FORMS.sub(r"\1 not", text).replace("won't", "will not").replace("can't", "cannot")
 
 
 @cache

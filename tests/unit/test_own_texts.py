@@ -1,9 +1,11 @@
 """The project's own labelled texts: the form of the files, and what comes out of them."""
 
+import itertools
 import json
 import random
 import re
 import sys
+import time
 from collections import defaultdict
 from hashlib import sha256
 from pathlib import Path
@@ -57,8 +59,10 @@ def test_no_slot_or_mark_is_left_in_a_text() -> None:
 def test_the_same_files_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two runs, the second without what the first kept, write equal files, one a source."""
+    """Two runs at different times, with nothing kept between, write equal files, one a source."""
     written = []
+    hours = itertools.count(step=3600)
+    monkeypatch.setattr(time, "time", lambda: float(next(hours)))
     for folder in (tmp_path / "a", tmp_path / "b"):
         own_texts._rows.cache_clear()
         monkeypatch.setattr(sys, "argv", ["own_texts", "--out", str(folder)])
