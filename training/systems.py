@@ -44,7 +44,7 @@ class Compare:
 
     def models(self) -> Iterator[System]:
         """Each model, those that serve together, and last what is served."""
-        found = {name: OfFolder(folder, f"{name} int8") for name, folder in self._folders.items()}
+        found = {name: OfFolder(folder, name) for name, folder in self._folders.items()}
         alone = {name: self._through(model, self._all) for name, model in found.items()}
         yield from alone.values()
         pair = _pair(found)
