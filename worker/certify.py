@@ -148,12 +148,13 @@ class Tally(NamedTuple):
     settled_ms: int  # when the last of them was settled
     weights: FloatArray  # (L,)
     counts: IntArray  # (W, B, 2, L) settled decisions
-    recent: IntArray  # (B, 2, L) the latest of them
+    recent: tuple[tuple[int, int, int], ...]  # the latest of them: bin, outcome, weight
     since: tuple[World, ...]  # (W,) blocked ones under the threshold in force
     largest_share: float = 0.0  # of the reviewer who took part in most of the decisions
     alarm: bool = False  # the threshold in force misses its goal
     complaints: bool = False  # ... says who complained
-    too_rare: int = 0  # decisions picked with less than the policy's least
+    too_rare: int = 0  # decisions above a candidate, picked with less than the policy's least
+    too_rare_below: int = 0  # ... below all candidates
 
 
 def walk(policy: LearnPolicy, harm: str) -> tuple[int, ...]:
@@ -222,7 +223,8 @@ def _draft(
         version=current.version + 1, status="applied", method=policy.method,
         target_precision=policy.target_precision, recall_floor=policy.recall_floor,
         delta=policy.delta, level=Goal.of(policy).level, labels=tally.labels, model=tally.model,
-        ts_ms=now_ms, alarm=False, labels_needed=None, reason="", precision=tally.since[0].precision,
+        ts_ms=now_ms, alarm=False, labels_needed=None, reason="",
+        precision=tally.since[0].precision,
     )  # fmt: skip
 
 
@@ -252,17 +254,17 @@ def _certified(
         wealth = mixed(stakes)
         judges = wealth if policy.max_reviewer_share < 1.0 else wealth[:1]
         done = certified(judges, order, delta, done)
-    draft = _with_recall(
-        msgspec.structs.replace(draft, certified=_last(order, done)), tally, policy
-    )
     missing, why = _missing(tally, stakes, goal, order[done:], delta)
     reason = obstacle or why
-    draft = msgspec.structs.replace(draft, labels_needed=missing, reason=reason)
-    if tally.alarm or tally.complaints:
+    draft = msgspec.structs.replace(
+        draft, certified=_last(order, done), labels_needed=missing, reason=reason
+    )
+    if tally.alarm:
         return _alarmed(tally, policy, draft, current, order[:done])
-    to = _destination(tally, goal, order, done, draft.threshold)
+    to = _destination(tally, goal, order, done, draft)
     if to is None or to == draft.threshold:
-        return draft if _is_news(draft, current) else None
+        asked = _complained(tally, policy, draft, current, order[:done])
+        return asked or (draft if _is_news(draft, current) else None)
     if to == current.declined or _pends(current, to):
         return None
     says = f"{goal.kind} at {to:.2f} is at least {goal.level:g}; {reason}"
@@ -288,10 +290,13 @@ def _last(order: tuple[int, ...], done: int) -> float | None:
 
 def _obstacle(tally: Tally, policy: LearnPolicy) -> str:
     """Why nothing may be certified whatever the labels say."""
-    if tally.too_rare:
+    least, too_rare = policy.min_picked, tally.too_rare
+    if policy.recall_floor is not None and tally.too_rare_below:
+        least, too_rare = policy.min_picked_below, tally.too_rare_below
+    if too_rare:
         return (
-            f"{tally.too_rare} decisions were picked with less than min_picked = "
-            f"{policy.min_picked:g}: no weight is right for them, so nothing is certified"
+            f"{too_rare} decisions were picked with less than {least:g}, so no weight is right "
+            "for them and nothing is certified: lower min_picked, or raise the shares"
         )
     if tally.largest_share > policy.max_reviewer_share:
         return (
@@ -302,21 +307,22 @@ def _obstacle(tally: Tally, policy: LearnPolicy) -> str:
 
 
 def _destination(
-    tally: Tally, goal: Goal, order: tuple[int, ...], done: int, threshold: float
+    tally: Tally, goal: Goal, order: tuple[int, ...], done: int, draft: ThresholdRecord
 ) -> float | None:
     """The threshold to put in force; None: the one that is.
 
     What lies further along the walk than the threshold in force is wanted at once. What lies
-    before it only once the walk is stuck: the one in force may still be reached.
+    before it only where the walk is stuck, that is, where the next candidate needs more labels
+    than it has had: until then the one in force may well be reached.
     """
     if not done:
         return None
     last = GRID[order[done - 1]]
-    further = last < threshold if goal.kind == "precision" else last > threshold
-    if further or done == len(order):
+    if _is_before(draft.threshold, last, goal) or done == len(order):
         return last
-    estimate = estimated(tally.counts[0], tally.weights, goal.kind, order[done])
-    return last if estimate is not None and estimate < goal.level else None
+    had = tally.counts[0, order[done] + 1 :].sum()
+    needed = draft.labels_needed
+    return last if needed is None or needed > had else None
 
 
 def estimated(
@@ -385,29 +391,41 @@ def _alarmed(
     """After an alarm: back along the walk to a certified threshold.
 
     sound: candidates certified in this epoch, in the order of the walk. If the one in force is
-    among them, a new epoch begins; if not, the evidence is as good as before. An alarm by
-    complaints alone only asks: whoever wants less moderation can complain in any number.
+    among them, the traffic has changed, and a new epoch begins. If not, it never was any good,
+    and the evidence is what it was.
     """
-    goal, order = Goal.of(policy), walk(policy, tally.harm)
-    before = order[: _walked(order, draft.certified_before)]
-    back = [at for at in max(sound, before, key=len) if _is_before(GRID[at], draft.threshold, goal)]
-    to = _refuge(tally, goal, back)
+    goal = Goal.of(policy)
+    to = _refuge(tally, policy, draft, sound)
     if to is not None and (to == current.declined or _pends(current, to)):
         return None
-    who = "labels" if tally.alarm else "complaints"
-    says = f"alarm: {who} show {goal.kind} below {goal.level:g} at {draft.threshold:g}"
-    if not tally.alarm:
-        asked = msgspec.structs.replace(draft, alarm=True, reason=says)
-        return None if to is None else _moved(asked, tally, to, ask=True)
-    if draft.threshold in {GRID[at] for at in sound}:  # so it is the traffic that has changed
-        last = GRID[back[-1]] if back else None
-        draft = msgspec.structs.replace(_renewed(draft, tally), certified_before=last)
+    says = f"alarm: labels show {goal.kind} below {goal.level:g} at {draft.threshold:g}"
+    if draft.threshold in {GRID[at] for at in sound}:
+        back = to if to is not None else draft.certified_before
+        draft = msgspec.structs.replace(_renewed(draft, tally), certified_before=back)
     if to is not None:
         draft = msgspec.structs.replace(draft, alarm=True, reason=says)
         return _moved(draft, tally, to, ask=policy.approval)
     says += f"; nothing further back is certified, so nothing moves; {draft.reason}"
     is_told = current.alarm and not _is_news(draft, current)
     return None if is_told else msgspec.structs.replace(draft, alarm=True, reason=says)
+
+
+def _complained(
+    tally: Tally, policy: LearnPolicy, draft: ThresholdRecord, current: ThresholdRecord,
+    sound: tuple[int, ...],
+) -> ThresholdRecord | None:  # fmt: skip
+    """Where complaints ring the alarm, a person is asked, whatever the policy says.
+
+    Whoever wants less moderation can complain in any number.
+    """
+    to = _refuge(tally, policy, draft, sound) if tally.complaints else None
+    if to is None or to == current.declined or current.status == "proposed":
+        return None
+    target = f"{policy.target_precision:g} at {draft.threshold:g}"
+    asked = msgspec.structs.replace(
+        draft, alarm=True, reason=f"alarm: complaints show precision below {target}"
+    )
+    return _moved(asked, tally, to, ask=True)
 
 
 def _pends(current: ThresholdRecord, to: float) -> bool:
@@ -418,17 +436,28 @@ def _is_before(threshold: float, other: float, goal: Goal) -> bool:
     return threshold > other if goal.kind == "precision" else threshold < other
 
 
-def _refuge(tally: Tally, goal: Goal, back: list[int]) -> float | None:
-    """Of the certified candidates the nearest one that the latest outcomes do not speak against.
+def _refuge(
+    tally: Tally, policy: LearnPolicy, draft: ThresholdRecord, sound: tuple[int, ...]
+) -> float | None:
+    """The certified candidate to go back to; None: there is none.
 
-    back: indices of GRID in the order of the walk, so the nearest comes last. Where they speak
-    against all, the first of the walk.
+    If the one in force is not certified itself, the nearest one that is; if it is, or if
+    certificates are of earlier epochs, the nearest one that the latest outcomes do not speak
+    against; where they speak against all, the first of the walk.
     """
-    for at in reversed(back):
-        estimate = estimated(tally.recent, tally.weights, goal.kind, at)
-        if estimate is not None and estimate >= goal.level:
-            return GRID[at]
-    return GRID[back[0]] if back else None
+    goal, order = Goal.of(policy), walk(policy, tally.harm)
+    known = sound or order[: _walked(order, draft.certified_before)]
+    back = [at for at in known if _is_before(GRID[at], draft.threshold, goal)]
+    if not back:
+        return None
+    if sound and draft.threshold not in {GRID[at] for at in sound}:
+        return GRID[back[-1]]
+    counts = np.zeros_like(tally.counts[0])
+    for at, harmful, weight in tally.recent:
+        counts[at, harmful, weight] += 1
+    estimates = [(estimated(counts, tally.weights, goal.kind, at), at) for at in reversed(back)]
+    fine = [at for estimate, at in estimates if estimate is not None and estimate >= goal.level]
+    return GRID[fine[0] if fine else back[0]]
 
 
 def _renewed(draft: ThresholdRecord, tally: Tally) -> ThresholdRecord:
@@ -444,7 +473,9 @@ def _held(tally: Tally, draft: ThresholdRecord, current: ThresholdRecord) -> Thr
     if not tally.alarm or current.alarm:
         return None
     says = f"alarm: labels show that {current.threshold:g}, set by an operator, misses the target"
-    return msgspec.structs.replace(draft, method="operator", alarm=True, reason=says)
+    return msgspec.structs.replace(
+        draft, method="operator", model=current.model, alarm=True, reason=says
+    )
 
 
 # -- step -----------------------------------------------------------------------------------------
@@ -499,7 +530,9 @@ def _step_from(threshold: float, precision: float, policy: LearnPolicy, harm: st
 
 
 def _with_recall(draft: ThresholdRecord, tally: Tally, policy: LearnPolicy) -> ThresholdRecord:
-    """The draft with what is known of recall at the threshold in force."""
+    """The draft with what is known of recall at its threshold: nothing, if weights are wrong."""
+    if tally.too_rare_below or tally.too_rare:
+        return draft
     at = min(bin_of(draft.threshold), len(GRID) - 1)  # the next of GRID, where it is none itself
     counts, ratio = tally.counts[0], Goal.of(policy).ratio
     largest = 1.0 if GRID[at] >= policy.bounds.get(tally.harm, BOUNDS)[0] else ratio

@@ -18,7 +18,7 @@ import numpy as np
 
 from detectors.harms import OTHER, THRESHOLD_KEYS
 from worker import drift
-from worker.certify import BOUNDS, GRID, STAKES, Goal, IntArray, Tally, World, bin_of
+from worker.certify import BOUNDS, GRID, STAKES, Goal, Tally, World, bin_of
 from worker.events import Decision, Label, Review, ThresholdRecord
 from worker.settings import LearnPolicy
 
@@ -327,7 +327,7 @@ class _Counts:
 
     def _begin_epoch(self) -> None:
         self._labels = 0
-        self._too_rare = 0
+        self._too_rare = self._too_rare_below = 0
         self._rows.clear()
         self._took_part = [0]  # (rows,) decisions; row 0 is not used
         self._table = np.zeros((1, len(GRID), 2, len(self._weights)), np.int32)
@@ -365,7 +365,9 @@ class _Counts:
         if weight > 1.0 and score > self._lowest:
             self._too_rare += 1
             return None
-        weight = min(weight, self._goal.ratio)
+        if weight > self._goal.ratio:
+            self._too_rare_below += 1
+            weight = self._goal.ratio
         column = self._columns.get(weight)
         if column is not None:
             return column
@@ -526,16 +528,11 @@ class _Counts:
         counts[1:] += counts[0]
         return Tally(
             *self.claim, labels=self._labels, settled_ms=max(0, self._settled_ms),
-            weights=np.array(self._weights), counts=counts, recent=self._recent_counts(),
+            weights=np.array(self._weights), counts=counts, recent=tuple(self._recent),
             since=self._worlds(), largest_share=max(self._took_part) / max(1, self._labels),
             alarm=self._rang, complaints=self._complained, too_rare=self._too_rare,
+            too_rare_below=self._too_rare_below,
         )  # fmt: skip
-
-    def _recent_counts(self) -> IntArray:
-        counts = np.zeros((len(GRID), 2, len(self._weights)), np.int32)
-        for at, harmful, column in self._recent:
-            counts[at, harmful, column] += 1
-        return counts
 
     def _worlds(self) -> tuple[World, ...]:
         whole = self._sums[0]
