@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from detectors.harms import COLUMNS
 from detectors.protocol import FloatArray, Window
 from detectors.tokens import PairTokens
 from training.windows import Sample
@@ -28,15 +29,19 @@ class Example(NamedTuple):
 def examples(
     found: Sequence[Sample], tokens: PairTokens, soft: FloatArray | None = None
 ) -> list[Example]:
-    """The first window of each passage: training passages fit into one, or nearly."""
+    """The first window of each passage of which something is known.
+
+    Training passages fit into one, or nearly.
+    """
     if soft is None:
-        soft = np.full((len(found), 7), np.nan, np.float32)
+        soft = np.full((len(found), len(COLUMNS)), np.nan, np.float32)
     return [
         Example(
             tokens.encode(sample.passage).windows[0],
             np.array(sample.targets, np.float32), np.array(sample.weights, np.float32), said,
         )
         for sample, said in zip(tqdm(found, desc="tokens", mininterval=10), soft, strict=True)
+        if any(sample.weights) or not np.isnan(said).any()
     ]  # fmt: skip
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from detectors.harms import COLUMNS
+from detectors.protocol import FloatArray
 from detectors.tokens import PairTokens
 from training import also, base
 from training.batches import Example, batches, examples, padded
@@ -28,6 +30,7 @@ from training.rows import Parts, Row, read, split
 from training.windows import Sample, capped, samples
 
 _HELD_OUT: Final = 800  # rows whose loss picks the weights
+_OWN: Final = 4_000  # rows of our own texts: variants of some two thousand frames
 _LOOKS: Final = 8  # at the held-out loss, evenly over the run
 _PATIENCE: Final = 3  # looks without a better one end the run
 
@@ -108,12 +111,7 @@ def train(run: Path, parts: Parts, settings: Settings) -> None:
     chance = random.Random(settings.seed)
     tokens = PairTokens((run / "tokenizer.json").read_bytes())
     found = samples(_rows(parts, settings, chance), chance)
-    soft = None
-    if settings.teacher:
-        passages = [sample.passage for sample in found]
-        soft = soft_targets(Path(settings.teacher), passages, run / "teacher.npy")
-        soft[[_is_ours(sample) for sample in found]] = np.nan  # it has never seen the like
-    chosen = examples(found, tokens, soft)
+    chosen = examples(found, tokens, _soft(run, found, settings))
     dev = capped(parts.calibrate, chance)
     held_out = examples(samples(chance.sample(dev, min(_HELD_OUT, len(dev))), chance), tokens)
     steps = [
@@ -130,12 +128,19 @@ def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
     if settings.rows:
         rows = chance.sample(rows, min(settings.rows, len(rows)))
     if settings.own:
-        rows += also.own()
+        own = also.own()
+        rows += chance.sample(own, min(_OWN, len(own)))
     return rows + also.read_files(list(map(Path, settings.also)))
 
 
-def _is_ours(sample: Sample) -> bool:
-    return sample.source.startswith("own_")
+def _soft(run: Path, found: Sequence[Sample], settings: Settings) -> FloatArray:
+    """(N, 7) what the teacher says; NaN of our own texts, of which it has never seen the like."""
+    soft = np.full((len(found), len(COLUMNS)), np.nan, np.float32)
+    if settings.teacher:
+        asked = [i for i, sample in enumerate(found) if not sample.source.startswith("own_")]
+        passages = [found[i].passage for i in asked]
+        soft[asked] = soft_targets(Path(settings.teacher), passages, run / "teacher.npy")
+    return soft
 
 
 class _Run:

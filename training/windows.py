@@ -1,21 +1,23 @@
 """Rows to passages as the worker would judge them: a segment, the text before, the turns."""
 
 import random
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
 from detectors.harms import COLUMNS
 from detectors.protocol import Passage, Turn
+from detectors.segments import DEFAULT_LIMITS, pieces
 from training import sources
 from training.rows import Row
 
-_SENTENCE_END: Final = re.compile(r"[.!?:](?=\s)|\n+")
-_SHORTEST, _LONGEST = 120, 400  # characters of a segment, as the worker's settings have them
-_BEFORE: Final = 500  # characters of the text before that the worker gives
+_LONGEST: Final = DEFAULT_LIMITS.max_chars
+_BEFORE: Final = DEFAULT_LIMITS.max_chars  # at most, of the text before that the worker gives
 _HARM_SHOWS: Final = 300  # a harmful reply's opening, "Sure, here is", is not harm yet
 _MOST_WINDOWS: Final = 2  # of one row, in training
+_UNKNOWN: Final = (0.0,) * len(COLUMNS)  # weights of a passage without labels
+_ALONE_SHARE: Final = 0.3  # of the samples, once more without context
+_OPENING_SHARE: Final = 0.3  # of harmful rows, their first segment too: is it harmful yet?
 _SCARCE: Final = ("violence", "privacy_violation", "sexual_content")
 
 
@@ -28,26 +30,12 @@ class Sample(NamedTuple):
     source: str
 
 
-def segments(text: str) -> list[str]:
-    """Near enough to the worker's cut: sentence ends, 120 to 400 characters. Joins to `text`."""
-    cut, start = [], 0
-    while len(text) - start > _LONGEST:
-        ends = [m.end() for m in _SENTENCE_END.finditer(text, start, start + _LONGEST)]
-        far = [end for end in ends if end - start >= _SHORTEST]
-        space = text.rfind(" ", start + _SHORTEST, start + _LONGEST) + 1
-        end = far[0] if far else (space or start + _LONGEST)
-        cut.append(text[start:end])
-        start = end
-    return [*cut, text[start:]] if text[start:] else cut
-
-
 def judged(row: Row) -> list[Passage]:
-    """Every passage that the worker would judge of this row, in order."""
-    passages, start = [], 0
-    for segment in segments(row.text):
-        before = row.text[max(0, start - _BEFORE) : start]
-        passages.append(Passage(segment, before, row.conversation))
-        start += len(segment)
+    """Every passage that the worker, at its default settings, would judge of this row, in order."""
+    passages: list[Passage] = []
+    for piece in pieces(row.text):
+        before = [passage.text for passage in passages[-DEFAULT_LIMITS.context_segments :]]
+        passages.append(Passage(piece, "".join(before), row.conversation))
     return passages
 
 
@@ -67,7 +55,8 @@ def samples(rows: Iterable[Row], chance: random.Random) -> list[Sample]:
     """Training windows of `rows`, and harmless segments put under other people's requests."""
     rows = list(rows)
     found = [sample for row in rows for sample in _of_row(row, chance)]
-    return [*found, *_borrowed_requests(rows, chance), *_turned(rows, chance)]
+    found += [*_borrowed_requests(rows, chance), *_turned(rows, chance)]
+    return [*found, *_alone(found, chance)]
 
 
 def _of_row(row: Row, chance: random.Random) -> Iterator[Sample]:
@@ -78,6 +67,24 @@ def _of_row(row: Row, chance: random.Random) -> Iterator[Sample]:
     most = 2 * _MOST_WINDOWS if _scarce(row) else _MOST_WINDOWS
     for passage in chance.sample(windows, min(most, len(windows))):
         yield Sample(passage, row.targets, row.weights, row.source)
+    if max(row.targets) > 0 and chance.random() < _OPENING_SHARE:
+        yield Sample(next(iter(judged(row))), row.targets, _UNKNOWN, row.source)
+
+
+def _alone(found: Iterable[Sample], chance: random.Random) -> Iterator[Sample]:
+    """Segments without what came before, as the toxicity detector reads them.
+
+    Too little of a harmful text is not known to be harmful: only a teacher says of it.
+    """
+    for sample in found:
+        passage = sample.passage
+        if not (passage.before or passage.conversation) or chance.random() > _ALONE_SHARE:
+            continue
+        enough = max(sample.targets) == 0 or len(passage.text) >= _HARM_SHOWS
+        said = enough or sample.source == "turned"
+        yield sample._replace(
+            passage=Passage(passage.text, "", ()), weights=sample.weights if said else _UNKNOWN
+        )
 
 
 def _less_before(passage: Passage, chance: random.Random) -> Passage:
@@ -98,7 +105,7 @@ def _harmful_windows(row: Row) -> list[Passage]:
 
 
 def _turned(rows: list[Row], chance: random.Random) -> Iterator[Sample]:
-    """A short text, harmful or not, behind an ordinary answer's beginning: 6,000 such passages.
+    """A short text, harmful or not, behind an ordinary answer's beginning: 4,000 such passages.
 
     Most harmful rows are harmful throughout, and posts have no conversation. The worker meets
     answers that turn: the label is that of the segment, and the change of style is on both sides.
@@ -109,7 +116,7 @@ def _turned(rows: list[Row], chance: random.Random) -> Iterator[Sample]:
     harmless = [row for row in short if max(row.targets) == 0 and row.weights[-1] > 0]
     if not (plain and harmful and harmless):
         return
-    for number in range(6_000):
+    for number in range(4_000):
         turned = chance.choice(harmful if number % 2 else harmless)
         reply = chance.choice(plain)
         opening = chance.choice(judged(reply))

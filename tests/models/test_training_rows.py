@@ -94,7 +94,7 @@ def test_segments_join_to_the_text_within_their_bounds(seed: int) -> None:
     """Nothing is lost, and no segment is longer than the worker's."""
     chance = random.Random(seed)
     text = "".join(chance.choice("ab. \n!") * chance.randrange(1, 30) for _ in range(300))
-    found = windows.segments(text)
+    found = [passage.text for passage in windows.judged(row(text=text))]
     assert "".join(found) == text
     assert all(len(segment) <= 400 for segment in found)
 

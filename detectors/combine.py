@@ -1,0 +1,100 @@
+"""Several detectors' scores of one segment to the scores that count.
+
+p = sigmoid(sum over detectors of weight * log-odds + intercept), by column; weights are learnt on
+dev data (export/pair.py) and kept beside the models, with the digests of those they are for.
+"""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+import numpy as np
+
+from detectors.calibrate import sigmoid
+from detectors.harms import COLUMNS, THRESHOLD_KEYS
+from detectors.protocol import FloatArray
+
+FILE: Final = "combination.json"
+_NEAREST = 1e-6  # to 0 and to 1, of a probability that becomes log-odds
+_DECIMALS = 6
+
+
+class CombinationError(ValueError):
+    """The file cannot serve these detectors."""
+
+
+class Named(Protocol):
+    """What identifies a detector."""
+
+    @property
+    def name(self) -> str:
+        """As in `model`."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hex."""
+        ...
+
+
+class Combination(msgspec.Struct, frozen=True):
+    """combination.json."""
+
+    detectors: dict[str, str]  # name -> digest, in the order of the weights
+    weights: dict[str, tuple[float, ...]]  # column -> one weight a detector, then the intercept
+    thresholds: dict[str, float]  # by THRESHOLD_KEYS
+    digest: str = ""  # of the file
+
+    def combined(self, scores: FloatArray) -> FloatArray:
+        """(B, 7) probabilities of (D, B, 7) probabilities; NaN where any of them is."""
+        table = np.array([self.weights[column] for column in COLUMNS])  # (7, D + 1)
+        clipped = np.clip(scores, _NEAREST, 1 - _NEAREST)
+        log_odds = np.log(clipped) - np.log1p(-clipped)  # (D, B, 7)
+        total = np.einsum("dbc,cd->bc", log_odds, table[:, :-1]) + table[:, -1]  # (B, 7)
+        return sigmoid(total).round(_DECIMALS)
+
+
+def read(folder: Path, detectors: Sequence[Named]) -> Combination | None:
+    """The combination of exactly these detectors; None where the folder has none for their names.
+
+    Raises CombinationError where it was learnt for other digests, or makes no sense.
+    """
+    path = folder / FILE
+    if len(detectors) < 2 or not path.is_file():
+        return None
+    content = path.read_bytes()
+    try:
+        found = msgspec.json.decode(content, type=Combination)
+    except msgspec.DecodeError as error:
+        raise CombinationError(f"{path.name}: {error}") from error
+    if list(found.detectors) != [detector.name for detector in detectors]:
+        return None
+    _check(found)
+    for detector in detectors:
+        if found.detectors[detector.name] != detector.digest:
+            raise CombinationError(
+                f"{path.name} was learnt with another {detector.name}: "
+                "export both again, or remove the file to let the highest score count"
+            )
+    return msgspec.structs.replace(found, digest=sha256(content).hexdigest())
+
+
+def _check(found: Combination) -> None:
+    if set(found.weights) != set(COLUMNS):
+        raise CombinationError(f"{FILE}: weights: need {', '.join(COLUMNS)}")
+    for column, row in found.weights.items():
+        if len(row) != len(found.detectors) + 1:
+            raise CombinationError(f"{FILE}: weights: {column}: one a detector, and the intercept")
+        if not np.isfinite(row).all() or min(row[:-1]) < 0 or max(row[:-1]) <= 0:
+            raise CombinationError(f"{FILE}: weights: {column}: a higher score must count for more")
+    for harm, threshold in found.thresholds.items():
+        if harm not in THRESHOLD_KEYS or not 0.0 <= threshold <= 1.0:
+            raise CombinationError(f"{FILE}: thresholds: {harm}: unknown, or outside 0..1")
+
+
+def highest(scores: FloatArray) -> FloatArray:
+    """(B, 7) of (D, B, 7): what counts where no combination was learnt; NaN wins."""
+    maximum: FloatArray = scores.max(axis=0)
+    return maximum
