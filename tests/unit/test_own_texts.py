@@ -185,3 +185,33 @@ def test_an_unknown_slot_is_refused() -> None:
     """A slip in a slot's name stops the run and is named."""
     with pytest.raises(KeyError, match="twon"):
         fill("In {twon}.", random.Random(1))
+
+
+def test_each_file_of_texts_is_a_source() -> None:
+    """No file is forgotten, and each source that the texts' guide promises has one."""
+    assert {path.stem for path in own_texts.TEXTS.glob("own_*.txt")} == set(SOURCES)
+    assert len(SOURCES) == 11
+
+
+def test_a_text_whose_label_hangs_on_its_question_keeps_it() -> None:
+    """With `!` no variant loses the question, gets another or serves as somebody's beginning."""
+    lines = ["[a]", "? Where does {first} live?", "+p! At {address}.", "-! In {town}.", "- No."]
+    opening = list(frames("openings", ["[b]", "? Bread?", "- Flour."]))
+    leak, elsewhere, refusal = found = list(frames("own_privacy", lines))
+    around = own_texts._Around(opening, found)
+    asked = [filled.turns for filled in own_texts._variants(leak, around)]
+    assert len(asked) >= 3
+    assert all(len(turns) == 1 and turns[0].startswith("Where does ") for turns in asked)
+    assert () in [filled.turns for filled in own_texts._variants(refusal, around)]
+    assert elsewhere not in own_texts._around(refusal, found, opening).twins
+
+
+def test_harmless_hate_look_alikes_are_misspelt_as_well() -> None:
+    """Spelling alone says nothing: texts with and without hate have the same odd variants."""
+    odd = [
+        record["harmful"]
+        for record in own_rows()
+        if record["source"] == "own_hate" and re.search(r"[a-z][0-9*][a-z]", record["text"])
+    ]
+    assert odd.count(0) >= 20
+    assert odd.count(1) >= 20
