@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import structlog
@@ -30,6 +30,7 @@ from worker.publish import (
 )
 from worker.settings import Settings
 from worker.streams import Lane
+from worker.updates import Updates
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -112,6 +113,7 @@ class Worker(ConsumerRebalanceListener):
             partition_assignment_strategy=(StickyPartitionAssignor,),
         )  # fmt: skip
         self._admin = AIOKafkaAdminClient(**client_settings(settings))
+        self._updates = Updates(settings, self._pipeline.thresholds)
         try:
             async with asyncio.TaskGroup() as self._tasks:  # before the group assigns anything
                 starting = self._tasks.create_task(self._start())
@@ -120,7 +122,7 @@ class Worker(ConsumerRebalanceListener):
                 starting.cancel()  # joining a group may take longer than we may take to stop
                 steps: list[asyncio.Task[None]] = []
                 if not stopping.done():
-                    steps = [self._tasks.create_task(it) for it in (self._poll(), self._tick())]
+                    steps = [self._tasks.create_task(it) for it in self._steps()]
                 await stopping
                 log.info("worker.draining")
                 for step in steps[:1]:
@@ -132,9 +134,13 @@ class Worker(ConsumerRebalanceListener):
         finally:
             await self._leave()
 
+    def _steps(self) -> tuple[Coroutine[Any, Any, None], ...]:
+        return self._poll(), self._tick(), self._updates.follow()
+
     async def _start(self) -> None:
         await self._reach(self._admin.start)
         await self._reach(self._check_topics)
+        await self._reach(self._updates.open)  # before anything is judged
         self._consumer.subscribe([self._settings.outputs_topic], listener=self)
         await self._reach(self._consumer.start)
 
@@ -156,6 +162,7 @@ class Worker(ConsumerRebalanceListener):
         bound_s = self._settings.shutdown_timeout_ms * 1e-3
         if not await finish(self._consumer.stop(), bound_s * _LEAVE):
             log.warning("worker.left_behind", client="consumer")
+        await self._updates.close(bound_s * _LEAVE / 4)
         if not await finish(self._admin.close(), bound_s * _LEAVE / 4):
             log.warning("worker.left_behind", client="admin")
 
@@ -165,6 +172,7 @@ class Worker(ConsumerRebalanceListener):
         topics = (
             self._settings.outputs_topic, self._settings.decisions_topic,
             self._settings.streams_topic, self._settings.dead_letters_topic,
+            self._settings.review_topic, self._settings.thresholds_topic,
         )  # fmt: skip
         for described in await self._admin.describe_topics(list(topics)):
             if not described["error_code"]:
@@ -178,6 +186,7 @@ class Worker(ConsumerRebalanceListener):
                     f"{topic} has {counts[topic]} partitions, {topics[0]} has {counts[topics[0]]}: "
                     "they must be equal; `tidegate topics` says how to mend it"
                 )
+        self._pipeline.review(counts[topics[0]])
 
     # -- records in ---------------------------------------------------------------------------
 
@@ -505,6 +514,7 @@ class Worker(ConsumerRebalanceListener):
             owned.last_mark, owned.failures, owned.prepared = mark, 0, 0.0
             metrics.PUBLISH_SECONDS.observe(time.monotonic() - start)
             metrics.DEAD_LETTERS.inc(len(output.dead_letters))
+            metrics.REVIEWS.inc(len(output.reviews))
             for decision in output.decisions:
                 metrics.DECISIONS.labels(decision.verdict).inc()
                 metrics.DECISION_SECONDS.observe(decision.timing_ms.total / 1e3)

@@ -16,6 +16,11 @@ PUBLISH_SECONDS = Histogram(
 )
 DETECTOR_FAILURES = Counter("tidegate_detector_failures", "Segments that a detector failed on.")
 UNAVAILABLE = Counter("tidegate_unavailable", "Segments without scores at their deadline.")
+REVIEWS = Counter("tidegate_reviews", "Decisions published for review.")
+THRESHOLDS = Counter(
+    "tidegate_thresholds", "Threshold records, by what became of them.", ["outcome"]
+)
+LABELS = Counter("tidegate_labels", "Labels taken, refused ones included.")
 LANES_LOST = Counter(
     "tidegate_lanes_lost", "Partitions dropped and taken anew after a failed publish.", ["cause"]
 )

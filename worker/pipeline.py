@@ -23,7 +23,7 @@ from typing import Self
 import structlog
 
 from detectors.keywords import KeywordFile
-from detectors.load import load_detectors
+from detectors.load import load_combination, load_detectors
 from detectors.protocol import Detector, Encoded, Passage
 from worker import detect, metrics
 from worker.assemble import Segment
@@ -80,8 +80,10 @@ class Pipeline:
         self.clock = clock
         self.on_output: Callable[[Lane], None] = lambda _: None
         self.detectors = tuple(detectors or load_detectors(settings.detectors, settings.models))
-        model = detect.model_id(self.detectors)
-        self.thresholds = Thresholds(shipped_thresholds(self.detectors), settings)
+        self._combination = load_combination(settings.models, self.detectors)
+        model = detect.model_id(self.detectors, self._combination)
+        shipped = shipped_thresholds(self.detectors, self._combination)
+        self.thresholds = Thresholds(shipped, settings, model)
         self._keywords = KeywordFile(
             settings.keywords_file, settings.keywords_check_ms / 1e3,
             on_error=lambda reason: log.error("keywords.not_reloaded", reason=reason),
@@ -155,6 +157,10 @@ class Pipeline:
     def lane(self, topic: str, partition: int, epoch: int = 0) -> Lane:
         """A new, empty lane."""
         return Lane(topic, partition, self.rules, epoch)
+
+    def review(self, partitions: int) -> None:
+        """From now on lanes pick decisions for review; so many partitions share the budget."""
+        self.rules = self.rules._replace(partitions=partitions)
 
     def submit(self, lane: Lane, segments: Sequence[Segment]) -> None:
         """Have the lane's segments judged; `on_output` is called when it has decisions."""
@@ -254,8 +260,9 @@ class Pipeline:
             start = self.clock()
             try:
                 rows = await loop.run_in_executor(
-                    self._threads, detect.score, self.detectors, [work.encoded for work in batch]
-                )
+                    self._threads, detect.score, self.detectors,
+                    [work.encoded for work in batch], self._combination,
+                )  # fmt: skip
             except DetectorError as error:
                 self._failed(batch, error)
                 continue

@@ -1,4 +1,4 @@
-"""Decisions, dead letters, journal -> topics, in one transaction with the offset.
+"""Decisions, review items, dead letters, journal -> topics, in one transaction with the offset.
 
 An Outlet belongs to one lane. Opening it fences whatever published for the partition before.
 """
@@ -174,14 +174,15 @@ class _KafkaOutlet:
         journal = (Record(i.encode(), record) for i, record in output.journal)
         sent = [
             await self._produce(names.decisions_topic, map(decision_record, output.decisions)),
+            await self._produce(names.review_topic, map(decision_record, output.reviews)),
             await self._produce(names.dead_letters_topic, map(letter_record, output.dead_letters)),
             await self._produce(names.streams_topic, journal),
         ]
         # Every single one: a failed batch does not fail the commit by itself.
         acknowledged = [await asyncio.gather(*futures) for futures, _ in sent]
-        firsts = [metadata.offset for metadata in acknowledged[2]]
+        firsts = [metadata.offset for metadata in acknowledged[-1]]
         return [
-            first + i for first, size in zip(firsts, sent[2][1], strict=True) for i in range(size)
+            first + i for first, size in zip(firsts, sent[-1][1], strict=True) for i in range(size)
         ]
 
     async def _produce(
@@ -206,7 +207,7 @@ class _KafkaOutlet:
 
     async def _queue(self, topic: str, batch: Any) -> asyncio.Future[Any]:
         partition = self._partition.partition
-        if topic == self._settings.dead_letters_topic:
+        if topic in {self._settings.dead_letters_topic, self._settings.review_topic}:
             partition %= len(await self._producer.partitions_for(topic))
         batch.close()
         future: asyncio.Future[Any] = await self._producer.send_batch(
@@ -235,7 +236,7 @@ class TransactionalOutlet(_KafkaOutlet):
         """
         if self._open:
             return
-        with self._errors():
+        with _fates(self._partition):
             await self._begin()
             number = self._partition.partition
             for topic in (self._settings.decisions_topic, self._settings.streams_topic):
@@ -247,12 +248,12 @@ class TransactionalOutlet(_KafkaOutlet):
     async def rest(self) -> None:
         """Commit the empty transaction: left open, it would time out and fence its own producer."""
         if self._open:
-            with self._errors():
+            with _fates(self._partition):
                 await self._commit()
 
     async def publish(self, output: Output, mark: Mark) -> list[int]:
         """One transaction. See Outlet."""
-        with self._errors():
+        with _fates(self._partition):
             if not self._open:
                 await self._begin()
             journal, _ = await asyncio.gather(
@@ -281,14 +282,65 @@ class TransactionalOutlet(_KafkaOutlet):
             {self._partition: OffsetAndMetadata(offset, mark.encode())}, self._settings.group_id
         )
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (ProducerFenced, InvalidProducerEpoch) as error:
-            raise PartitionLost(f"{self._partition}: fenced") from error
-        except _HOPELESS as error:
-            raise Stop(f"{self._partition}: cannot publish: {error!r}") from error
+
+class Pen:
+    """The one producer of thresholds and evidence. Whoever opens it last is the only one left."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._producer = AIOKafkaProducer(
+            **client_settings(settings), enable_idempotence=True, acks="all",
+            max_batch_size=_BATCH_BYTES, retry_backoff_ms=settings.retry_backoff_ms,
+            transactional_id=f"{settings.group_id}-learn",
+            transaction_timeout_ms=settings.transaction_timeout_ms,
+        )  # fmt: skip
+
+    async def open(self) -> None:
+        """Fence every other one, and end or abort what it had begun."""
+        await self._producer.start()
+
+    async def write(self, records: Iterable[tuple[str, int | None, Record]]) -> None:
+        """One transaction: topic, partition (None: by key), record. Errors as Outlet.publish."""
+        with _fates("thresholds"):
+            async with asyncio.timeout(self._settings.transaction_timeout_ms / 1e3):
+                await self._producer.begin_transaction()
+                sent = [await self._send(*record) for record in records]
+                await asyncio.gather(*sent)  # a failed batch does not fail the commit by itself
+                await self._producer.commit_transaction()
+
+    async def _send(self, topic: str, partition: int | None, record: Record) -> asyncio.Future[Any]:
+        if record.key is None and record.value is None:  # which `send` refuses
+            batch = self._producer.create_batch()
+            record.into(batch)
+            batch.close()
+            future: asyncio.Future[Any] = await self._producer.send_batch(
+                batch, topic, partition=partition or 0
+            )
+        else:
+            future = await self._producer.send(
+                topic, key=record.key, value=record.value, headers=list(record.headers),
+                partition=partition,
+            )  # fmt: skip
+        return future
+
+    async def partitions_of(self, topic: str) -> int:
+        """How many the topic has."""
+        return len(await self._producer.partitions_for(topic))
+
+    async def close(self) -> None:
+        """Let go. Never raises."""
+        await finish(self._producer.stop(), self._settings.shutdown_timeout_ms * _STOP * 1e-3)
+
+
+@contextmanager
+def _fates(what: object) -> Iterator[None]:
+    """What a failed transaction means."""
+    try:
+        yield
+    except (ProducerFenced, InvalidProducerEpoch) as error:
+        raise PartitionLost(f"{what}: fenced") from error
+    except _HOPELESS as error:
+        raise Stop(f"{what}: cannot publish: {error!r}") from error
 
 
 class AtLeastOnceOutlet(_KafkaOutlet):

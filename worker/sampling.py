@@ -25,14 +25,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from detectors.harms import HARMS, THRESHOLD_KEYS
+from worker.certify import BOUNDS
 from worker.events import Decision
-from worker.settings import DEFAULT_BOUNDS, Settings, TenantPolicy
+from worker.settings import Settings, TenantPolicy
 
 Stratum = Literal["over", "near", "rest"]
 
 _HOUR_MS = 3_600_000
 _NEAR = 0.5  # of what makes it `over`
-_NOT_SCORED = {"keyword", "short", "policy"}  # no model's score, so no threshold could change it
+NOT_SCORED = {"keyword", "short", "policy"}  # no model's score, so no threshold could change it
 
 
 class Pick(NamedTuple):
@@ -51,7 +52,7 @@ def stratum(
     """
     found: Stratum = "rest"
     for harm, score, threshold in zip(THRESHOLD_KEYS, scores, thresholds, strict=True):
-        line = min(threshold, policy.learn.bounds.get(harm, DEFAULT_BOUNDS)[0])
+        line = min(threshold, policy.learn.bounds.get(harm, BOUNDS)[0])
         if score is not None and score > line:
             return "over"
         if score is not None and score > _NEAR * line:
@@ -114,7 +115,7 @@ class Picker:
         thresholds: (7,) that it was made with. Tenants without a policy of their own share
         `default`'s budget.
         """
-        if not decision.scores or decision.start == decision.end or decision.stage in _NOT_SCORED:
+        if not decision.scores or decision.start == decision.end or decision.stage in NOT_SCORED:
             return None
         name = decision.tenant if decision.tenant in self._settings.tenants else "default"
         policy = self._settings.tenant(decision.tenant)

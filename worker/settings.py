@@ -24,8 +24,6 @@ Action = Literal["block", "revise", "flag"]
 FailMode = Literal["closed", "open"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
-DEFAULT_BOUNDS = (0.5, 0.95)  # of what thresholds may be learnt
-
 TEMPLATES = {
     "violence": "[A passage that encourages or details violence was removed.]",
     "hate_speech": "[A passage that demeans people for who they are was removed.]",
@@ -152,6 +150,7 @@ class Settings(BaseSettings):
     review_topic: str = "moderation.review"
     dead_letters_topic: str = "moderation.dead-letters"
     streams_topic: str = "moderation.streams"
+    evidence_topic: str = "moderation.evidence"
     partitions: int = Field(12, ge=1)  # more than workers ever wanted; hard to raise later
     replication_factor: int = Field(1, ge=1)  # 3 in production
 
@@ -184,7 +183,9 @@ class Settings(BaseSettings):
     cache_ttl_s: int = Field(86_400, ge=1)
     cache_key: SecretStr | None = None  # share it between workers that share a Redis
 
-    # review
+    # review and learning
+    learn_grace_ms: int = Field(1_000, ge=0)  # how late a label may come and still be in order
+    learn_register: int = Field(100_000, ge=1)  # decisions that labels may be about; 400 B each
     review_key: SecretStr | None = None  # the same for all workers: what is picked is then a secret
 
     # detectors

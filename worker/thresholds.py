@@ -1,10 +1,12 @@
-"""Thresholds in force per tenant, read by decide. Pure: updates are handed in."""
+"""Thresholds in force per tenant, read by decide. Pure: records are handed in."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from detectors.combine import Combination
 from detectors.harms import DEFAULT_THRESHOLDS, THRESHOLD_KEYS
 from detectors.protocol import Detector
+from worker.events import ThresholdRecord
 from worker.settings import Settings
 
 
@@ -18,7 +20,8 @@ class InForce(NamedTuple):
 class Thresholds:
     """Shipped with the model < learnt from labels < set by the operator for a tenant."""
 
-    def __init__(self, shipped: Mapping[str, float], settings: Settings) -> None:
+    def __init__(self, shipped: Mapping[str, float], settings: Settings, model: str = "") -> None:
+        self._model = model
         self._shipped = {**DEFAULT_THRESHOLDS, **shipped}
         self._settings = settings
         self._learnt: dict[tuple[str, str], tuple[float, int]] = {}
@@ -41,6 +44,26 @@ class Thresholds:
         self._learnt[tenant, harm] = (threshold, version)
         self._in_force.clear()
 
+    def apply(self, record: ThresholdRecord) -> bool:
+        """Put in force what the record says; whether it was news. Raises ValueError.
+
+        What another model's scores were held against says nothing about this one's. Versions only
+        rise: an old record read again changes nothing.
+        """
+        if record.model not in {"", self._model}:
+            return False
+        known = self._learnt.get((record.tenant, record.harm))
+        if known is not None and record.version <= known[1]:
+            return False
+        value = record.threshold if record.status == "applied" else record.previous
+        self.update(record.tenant, record.harm, value, record.version)
+        return True
+
+    def forget(self, tenant: str, harm: str) -> None:
+        """Nothing is learnt of it: as a worker would find that starts now."""
+        self._learnt.pop((tenant, harm), None)
+        self._in_force.clear()
+
     def _compute(self, tenant: str) -> InForce:
         set_by_operator = self._settings.tenant(tenant).thresholds
         values, versions = [], [0]
@@ -53,9 +76,16 @@ class Thresholds:
         return InForce(tuple(values), max(versions))
 
 
-def shipped_thresholds(detectors: Sequence[Detector]) -> dict[str, float]:
-    """The thresholds that the models bring; of two that bring one, the first counts."""
+def shipped_thresholds(
+    detectors: Sequence[Detector], combination: Combination | None = None
+) -> dict[str, float]:
+    """The thresholds that the models bring; of two that bring one, the first counts.
+
+    Those of a combination are for what comes out of it, so they count before all.
+    """
     merged: dict[str, float] = {}
     for detector in reversed(detectors):
         merged.update(detector.thresholds)
+    if combination is not None:
+        merged.update(combination.thresholds)
     return merged
