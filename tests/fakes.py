@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -81,6 +82,29 @@ class MarkerDetector(HashDetector):
             if encoded.windows[0].ids[0]:
                 row[[0, -1]] = 0.95
         return rows
+
+
+class SaysDetector(HashDetector):
+    """Violence, and `harmful`, is the number that a text names, as in "violence=0.62"."""
+
+    digest = "5a15" * 8
+
+    def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+        """One window that holds the number's millionths."""
+        return [_said(passage) for passage in passages]
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        """(B, 7) what the texts say, 0 for all other harms."""
+        rows = np.zeros((len(batch), len(COLUMNS)))
+        for row, encoded in zip(rows, batch, strict=True):
+            row[[0, -1]] = encoded.windows[0].ids[0] / 1e6
+        return rows
+
+
+def _said(passage: Passage) -> Encoded:
+    found = re.search(r"violence=([0-9.]+[0-9])", passage.text)
+    ids = np.array([round(1e6 * float(found[1])) if found else 0], dtype=np.int64)
+    return Encoded((Window(ids, np.zeros_like(ids)),), tokens=1, text_tokens=1)
 
 
 def _marked(passage: Passage) -> Encoded:

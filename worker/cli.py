@@ -105,6 +105,36 @@ async def _run(settings: Settings) -> None:
 
 
 @app.command()
+def learn(config: Config = None) -> None:
+    """Reviewers' labels to thresholds. Start a second one to stand by: one at a time leads."""
+    settings = settings_module.load(config)
+    configure_logs(settings.log_level)
+    run_loop(_learn(settings))
+
+
+async def _learn(settings: Settings) -> None:
+    from prometheus_client import start_http_server
+
+    from detectors.load import load_combination, load_detectors
+    from worker import watchdog
+    from worker.detect import model_id
+    from worker.learn import Learner
+    from worker.thresholds import shipped_thresholds
+
+    if settings.metrics_port is not None:
+        start_http_server(settings.metrics_port, addr="127.0.0.1")
+    detectors = load_detectors(settings.detectors, settings.models)
+    combination = load_combination(settings.models, detectors)
+    shipped = shipped_thresholds(detectors, combination)
+    learner = Learner(settings, shipped, model_id(detectors, combination))
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, learner.stop)
+    watchdog.start(lambda: learner.beat, settings.watchdog_ms)
+    await learner.run()
+
+
+@app.command()
 def topics(config: Config = None) -> None:
     """Create the topics, or check that they have the right partitions and cleanup policies."""
     settings = settings_module.load(config)

@@ -42,6 +42,8 @@ class TopicSettings(Protocol):
     def dead_letters_topic(self) -> str: ...  # noqa: D102
     @property
     def streams_topic(self) -> str: ...  # noqa: D102
+    @property
+    def evidence_topic(self) -> str: ...  # noqa: D102
 
 
 class TopicSpec(msgspec.Struct, frozen=True):
@@ -65,6 +67,7 @@ class TopicState(msgspec.Struct, frozen=True):
 
     partitions: int
     cleanup: str  # "delete", "compact", or both with a comma between
+    retention_ms: str = ""  # empty: not asked for
 
 
 class TopicReport(msgspec.Struct, frozen=True):
@@ -84,7 +87,7 @@ class TopicMismatchError(Stop):
 
 
 def desired_topics(settings: TopicSettings) -> list[TopicSpec]:
-    """The seven topics of the contract, `llm.outputs` first.
+    """The seven topics of the contract, `llm.outputs` first, and the learner's ledger.
 
     Sizes: a delta may carry a conversation of more than 1 MB. A dead letter is such a record
     whole, with headers; a review item and a stream's state hold it and more.
@@ -98,12 +101,16 @@ def desired_topics(settings: TopicSettings) -> list[TopicSpec]:
         TopicSpec(settings.review_topic, "delete", configs=_size(4)),
         TopicSpec(settings.dead_letters_topic, "delete", configs=_size(4)),
         TopicSpec(settings.streams_topic, "compact", co_partitioned=True, configs=_STREAMS),
+        TopicSpec(settings.evidence_topic, "delete", partitions=1, configs=_FOR_EVER),
     ]
 
 
 def _size(mib: int) -> dict[str, str]:
     return {"max.message.bytes": str(mib * _MIB)}
 
+
+# Evidence that expires would be gathered anew, and every certificate have a second chance to err.
+_FOR_EVER = {"retention.ms": "-1", "retention.bytes": "-1"}
 
 # State is read back whole at each start, so it is kept small: only closed segments are compacted.
 _STREAMS = _size(4) | {
@@ -137,6 +144,12 @@ def find_problems(
                 f"{spec.name}: cleanup.policy is {state.cleanup}, must be {spec.cleanup}. Run "
                 f"kafka-configs.sh --alter --topic {spec.name} "
                 f"--add-config cleanup.policy={spec.cleanup}."
+            )
+        kept = spec.configs.get("retention.ms")
+        if kept and state.retention_ms not in {"", kept}:
+            problems.append(
+                f"{spec.name}: retention.ms is {state.retention_ms}, must be {kept}. Run "
+                f"kafka-configs.sh --alter --topic {spec.name} --add-config retention.ms={kept}."
             )
     return problems
 
@@ -252,25 +265,26 @@ async def _existing(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[st
     }
     if not found:
         return {}
-    policies = await _cleanup_policies(admin, list(found))
-    return {name: TopicState(found[name], policies[name]) for name in found if name in policies}
+    configs = await _configs(admin, list(found))
+    return {name: TopicState(found[name], *configs[name]) for name in found if name in configs}
 
 
 def _has_leaders(topic: Mapping[str, Any]) -> bool:
     return bool(topic["partitions"]) and all(p["leader"] >= 0 for p in topic["partitions"])
 
 
-async def _cleanup_policies(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, str]:
-    """cleanup.policy of each topic; without those that the broker asked does not know yet."""
-    wanted, kind = {"cleanup.policy": ""}, ConfigResourceType.TOPIC
-    resources = [ConfigResource(kind, name, wanted) for name in names]
-    policies: dict[str, str] = {}
+async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """cleanup.policy and retention.ms of each; without those that the broker does not know yet."""
+    wanted = {"cleanup.policy": "", "retention.ms": ""}
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name, wanted) for name in names]
+    found: dict[str, tuple[str, str]] = {}
     responses: list[Any] = await admin.describe_configs(resources)
     for response in responses:
         for code, message, _, name, entries in response.resources:
             error = for_code(code)
             if error is NoError:
-                policies[name] = {entry[0]: entry[1] for entry in entries}["cleanup.policy"]
+                values = {entry[0]: entry[1] for entry in entries}
+                found[name] = (values["cleanup.policy"], values.get("retention.ms", ""))
             elif error is not UnknownTopicOrPartitionError:
                 raise Stop(f"{name}: its settings cannot be read: {message or error.__name__}")
-    return policies
+    return found

@@ -40,7 +40,10 @@ FOR_EVER_MS = 3_600_000
 # It says every half second that a broker which a test has killed cannot be reached.
 logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
-_TOPICS = ("outputs", "decisions", "feedback", "thresholds", "review", "dead_letters", "streams")
+_TOPICS = (
+    "outputs", "decisions", "feedback", "thresholds", "review", "dead_letters", "streams",
+    "evidence",
+)  # fmt: skip
 _DEFAULTS: dict[str, Any] = {
     "detectors": ["python:tests.fakes:HashDetector"],
     "tenants": {"default": {"actions": {"misinformation": "revise", "privacy_violation": "flag"}}},
@@ -58,22 +61,23 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class Input(NamedTuple):
-    """A record for the input topic. partition: None leaves it to the key."""
+    """A record for a topic. partition: None leaves it to the key; at_ms: None is now."""
 
     key: bytes | None
     value: bytes | None
     partition: int | None = None
+    at_ms: int | None = None
 
 
 class WorkerProcess:
-    """One worker. Its log is kept in a file, and read to see how far it is."""
+    """One worker, or learner. Its log is kept in a file, and read to see how far it is."""
 
-    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+    def __init__(self, environment: Mapping[str, str], log: Path, command: str = "run") -> None:
         self.log = log
         self.killed = False
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker.cli", "run"],
+                [sys.executable, "-m", "worker.cli", command],
                 env=dict(environment), cwd=log.parent, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -106,6 +110,15 @@ class WorkerProcess:
         lines = self.log.read_text("utf-8", "replace").splitlines()
         found = [json.loads(line) for line in lines if line.startswith("{") and f'"{name}"' in line]
         return [event for event in found if event["event"] == name]
+
+    async def has_led(self, times: int = 1, timeout_s: float = 60.0) -> None:
+        """Return when it, a learner, has taken the lead so often since its start."""
+
+        def done() -> bool:
+            return len(self.events("learner.leads")) >= times or not self.running
+
+        await until(done, timeout_s, f"{self.log.name} leads")
+        assert self.running, f"the learner ended:\n{self.tail()}"
 
     async def has_loaded(self, partitions: int, timeout_s: float = 60.0) -> None:
         """Return when it has taken that many partitions since its start."""
@@ -161,7 +174,11 @@ class Bed:
             if kind is not None and kind is not asyncio.CancelledError:
                 sys.stderr.write(f"--- {worker.log.name}\n{worker.tail(15)}\n")
 
-    def start_worker(self, **settings: Any) -> WorkerProcess:
+    def start_learner(self, **settings: Any) -> WorkerProcess:
+        """Start a `tidegate learn`; these settings replace the bed's own."""
+        return self.start_worker("learn", **settings)
+
+    def start_worker(self, command: str = "run", **settings: Any) -> WorkerProcess:
         """Start one more; these settings replace the bed's own."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         environment |= {
@@ -172,12 +189,16 @@ class Bed:
             "PYTHONPATH": str(HERE),
             "TIDEGATE_TEST_SCORE_MS": str(self._score_ms),
         }
-        worker = WorkerProcess(environment, self.folder / f"worker-{len(self.workers)}.log")
+        log = self.folder / f"worker-{len(self.workers)}.log"
+        worker = WorkerProcess(environment, log, command)
         self.workers.append(worker)
         return worker
 
-    async def produce(self, records: Iterable[Input], per_second: float = 0.0) -> None:
-        """Write to the input topic, at a steady rate or at once; all acknowledged at return."""
+    async def produce(
+        self, records: Iterable[Input], per_second: float = 0.0, topic: str | None = None
+    ) -> None:
+        """Write to the input topic or another one, at a steady rate or at once; all acknowledged
+        at return."""
         producer = AIOKafkaProducer(
             bootstrap_servers=self.bootstrap_servers, acks="all", enable_idempotence=True,
             linger_ms=5, request_timeout_ms=20_000, max_request_size=8 << 20,
@@ -186,19 +207,22 @@ class Bed:
         start, futures = time.monotonic(), []
         try:
             for number, record in enumerate(records):
-                futures.append(await self._send(producer, record))
+                futures.append(await self._send(producer, record, topic))
                 if per_second and (ahead := start + number / per_second - time.monotonic()) > 0.01:
                     await asyncio.sleep(ahead)
             await asyncio.gather(*futures)
         finally:
             await producer.stop()
 
-    async def _send(self, producer: AIOKafkaProducer, record: Input) -> asyncio.Future[Any]:
-        topic = self.settings.outputs_topic
+    async def _send(
+        self, producer: AIOKafkaProducer, record: Input, topic: str | None
+    ) -> asyncio.Future[Any]:
+        topic = topic or self.settings.outputs_topic
         if record.key is not None or record.value is not None:
             sent: asyncio.Future[Any] = await producer.send(
-                topic, key=record.key, value=record.value, partition=record.partition
-            )
+                topic, key=record.key, value=record.value, partition=record.partition,
+                timestamp_ms=record.at_ms,
+            )  # fmt: skip
             return sent
         batch = producer.create_batch()  # `send` refuses a record without key and value
         batch.append(timestamp=None, key=None, value=None)

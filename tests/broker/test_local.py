@@ -225,17 +225,20 @@ async def test_shared_valkey(valkey: str, unique: str) -> None:
 
 
 def topic_names(prefix: str) -> SimpleNamespace:
-    kinds = ("outputs", "decisions", "feedback", "thresholds", "review", "dead_letters", "streams")
+    kinds = (
+        "outputs", "decisions", "feedback", "thresholds", "review", "dead_letters", "streams",
+        "evidence",
+    )  # fmt: skip
     return SimpleNamespace(**{f"{kind}_topic": f"{prefix}.{kind}" for kind in kinds})
 
 
 async def test_topics_are_created_once(kafka: str, unique: str) -> None:
-    """The first call creates all seven topics, the second finds every one of them right."""
+    """The first call creates all topics, the second finds every one of them right."""
     specs = desired_topics(topic_names(unique))
     first = await ensure_topics(kafka, specs, 3, 1)
     second = await ensure_topics(kafka, specs, 3, 1)
-    assert (len(first.created), first.checked) == (7, ())
-    assert (second.created, len(second.checked)) == ((), 7)
+    assert (len(first.created), first.checked) == (8, ())
+    assert (second.created, len(second.checked)) == ((), 8)
     async with AIOKafkaProducer(bootstrap_servers=kafka, max_request_size=4 << 20) as producer:
         await producer.send_and_wait(f"{unique}.streams", b"x" * (3 << 20), key=b"key")
 

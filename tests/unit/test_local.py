@@ -133,23 +133,31 @@ def test_kafka_ids_can_be_arguments() -> None:
 
 
 IN, OUT = TopicSpec("in", "delete", co_partitioned=True), TopicSpec("out", "delete")
-STATE = TopicSpec("state", "compact", co_partitioned=True)
+STATE = TopicSpec("state", "compact", co_partitioned=True, configs={"retention.ms": "-1"})
 
 
 def test_the_contract_s_topics() -> None:
-    """Seven topics; inputs, decisions and streams share partitions; state topics are compacted."""
-    kinds = ("outputs", "decisions", "feedback", "thresholds", "review", "dead_letters", "streams")
+    """Inputs, decisions, streams share partitions; state topics are compacted; evidence stays."""
+    kinds = (
+        "outputs", "decisions", "feedback", "thresholds", "review", "dead_letters", "streams",
+        "evidence",
+    )  # fmt: skip
     specs = desired_topics(SimpleNamespace(**{f"{kind}_topic": kind for kind in kinds}))
     assert {spec.name for spec in specs} == set(kinds)
     shared = {spec.name for spec in specs if spec.co_partitioned}
     compacted = {spec.name for spec in specs if spec.cleanup == "compact"}
     assert shared == {"outputs", "decisions", "streams"}
     assert compacted == {"thresholds", "streams"}
+    (evidence,) = (spec for spec in specs if spec.name == "evidence")
+    assert (evidence.partitions, evidence.configs["retention.ms"]) == (1, "-1")
 
 
 def test_a_dead_letter_fits() -> None:
     """The largest delta fits into dead letters, review and state with room for what is added."""
-    kinds = ("outputs", "decisions", "feedback", "thresholds", "review", "dead_letters", "streams")
+    kinds = (
+        "outputs", "decisions", "feedback", "thresholds", "review", "dead_letters", "streams",
+        "evidence",
+    )  # fmt: skip
     specs = desired_topics(SimpleNamespace(**{f"{kind}_topic": kind for kind in kinds}))
     size = {s.name: int(s.configs.get("max.message.bytes", 1_048_588)) for s in specs}
     assert size["outputs"] > 1_500_000
@@ -177,6 +185,7 @@ def test_right_topics_have_no_problems() -> None:
         (TopicState(5, "compact"), "state: has 5 partitions, in has 6"),
         (TopicState(6, "delete"), "state: cleanup.policy is delete, must be compact"),
         (TopicState(6, "compact,delete"), "state: cleanup.policy is compact,delete"),
+        (TopicState(6, "compact", "604800000"), "state: retention.ms is 604800000, must be -1"),
     ],
 )
 def test_wrong_topics_are_named(state: TopicState, words: str) -> None:
