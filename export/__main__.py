@@ -1,4 +1,4 @@
-"""Makes a model folder: `python -m export --checkpoint RUN --out models/toxicity --data DATA`.
+"""Makes both detectors of a run: `python -m export --checkpoint RUN --out models --data DATA`.
 
 The steps are those of the package: graph, int8, parity; then calibration, thresholds and figures
 from the int8 graph, because that is the one that serves; then the manifest.
@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from detectors.calibrate import Calibration
+from detectors.combine import FILE
 from detectors.protocol import Window
+from detectors.session import Folder
 from detectors.tokens import PairTokens
-from export import card, foreign, manifest, parity
+from export import card, foreign, manifest, pair, parity
 from export.errors import ExportError
 from export.fuse import fuse, halve
+from export.pair import Read
 from export.quantize import quantize
 from export.to_onnx import of_judge, opset, to_onnx, write
 from training import base, measure, rows, sources, thresholds
@@ -55,20 +58,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens = PairTokens((run / manifest.TOKENIZER).read_bytes())
     windows = _windows(parts.report, tokens)
     figures = _graphs(run, work, windows)
-    if arguments.cuda:
-        figures |= _for_cuda(run, out, windows)
-    shutil.copyfile(work / manifest.MODEL, out / manifest.MODEL)
+    read = _read(parts, tokens, work / manifest.MODEL, arguments.threads)
+    made = [
+        _detector(name, read, arguments, figures, tokens, windows) for name in pair.VIEWS
+    ]  # fmt: skip
+    calibrations = [one.choice.calibration for one in made]
+    weights = pair.learn(read["calibrate"], calibrations)
+    whole = {part: some.together(calibrations, weights) for part, some in read.items()}
+    choice = _Choice(pair.PLAIN, _thresholds(whole, pair.PLAIN))
+    found = _figures(whole, choice)
+    contents = pair.combination({it.name: it.digest for it in made}, weights, choice.thresholds)
+    contents["metrics"] = manifest.without_nan(found)
+    (out / FILE).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(contents["weights"], indent=1))
+    print(card.tables(contents["metrics"], choice.thresholds))
+
+
+class _Detector(NamedTuple):
+    name: str
+    digest: str
+    choice: _Choice
+
+
+def _detector(
+    name: str, read: dict[str, Read], arguments: argparse.Namespace, figures: dict[str, Any],
+    tokens: PairTokens, windows: list[Window],
+) -> _Detector:  # fmt: skip
+    """Writes one model folder; prints its figures."""
+    run, out = arguments.checkpoint, arguments.out / name
+    out.mkdir(exist_ok=True)
+    shutil.copyfile(run / "onnx" / manifest.MODEL, out / manifest.MODEL)
     shutil.copyfile(run / manifest.TOKENIZER, out / manifest.TOKENIZER)
-    scored = _scored(parts, tokens, out / manifest.MODEL, arguments.threads)
-    choice = _choose(scored)
-    figures |= _figures(scored, choice)
+    figures = figures | (_for_cuda(run, out, windows) if arguments.cuda else {})
+    view = list(pair.VIEWS).index(name)
+    scored = {part: some.by(view) for part, some in read.items()}
+    calibration = thresholds.calibrate(scored["calibrate"])
+    choice = _Choice(calibration, _thresholds(scored, calibration))
+    figures = figures | _figures(scored, choice)
     provenance = _provenance(arguments.data / "permissive", run)
     made = manifest.Made(
         opset(out / manifest.MODEL), *choice, provenance, figures, layout=tokens.layout,
-        graphs=("int8", "fp16") if arguments.cuda else ("int8",),
+        graphs=("int8", "fp16") if arguments.cuda else ("int8",), name=name,
+        view=pair.VIEWS[name],
     )  # fmt: skip
     manifest.write(out, manifest.contents(out, made))
-    print(card.tables(manifest.without_nan(figures), choice.thresholds))
+    print(f"\n## {name}\n\n{card.tables(manifest.without_nan(figures), choice.thresholds)}")
+    return _Detector(name, Folder(out).digest, choice)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -77,7 +112,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--checkpoint", type=Path, help="run folder of training")
     source.add_argument("--hf", type=Path, help="folder of a sequence classifier, safetensors")
     parser.add_argument("--labels", type=Path, help="with --hf: label map, a file or its name")
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of models; with --hf, the model's own"
+    )
     parser.add_argument("--data", type=Path, help="folder that holds permissive/")
     parser.add_argument(
         "--serve", choices=("int8", "fp32"), default="int8", help="with --hf: on CPU"
@@ -141,8 +178,8 @@ def _windows(some: list[Row], tokens: PairTokens) -> list[Window]:
     return [tokens.encode(judged(row)[-1]).windows[0] for row in chosen]
 
 
-def _scored(parts: Parts, tokens: PairTokens, graph: Path, threads: int) -> dict[str, Scored]:
-    """The parts that were not trained on, and the long harmless replies in each."""
+def _read(parts: Parts, tokens: PairTokens, graph: Path, threads: int) -> dict[str, Read]:
+    """The parts that were not trained on, and of each the harmless texts that must pass."""
     logits_of = parity.of_graph(graph)
     found = {}
     for part, most in _A_SOURCE.items():
@@ -150,9 +187,10 @@ def _scored(parts: Parts, tokens: PairTokens, graph: Path, threads: int) -> dict
         for name, chosen in (
             (part, _some(members, most)),
             (f"{part}_harmless", _some(filter(_long_harmless, members), _HARMLESS_A_SOURCE)),
+            (f"{part}_look_alikes", _some(filter(_looks_harmful, members), _HARMLESS_A_SOURCE)),
         ):
-            found[name] = measure.score(chosen, tokens, logits_of, threads)
             print(f"{name}: {len(chosen)} rows", flush=True)
+            found[name] = pair.read(chosen, tokens, logits_of, threads)
     return found
 
 
@@ -173,12 +211,15 @@ def _long_harmless(row: Row) -> bool:
     )
 
 
-def _choose(scored: dict[str, Scored]) -> _Choice:
-    calibration = thresholds.calibrate(scored["calibrate"])
-    return _Choice(
-        calibration,
-        thresholds.choose(scored["calibrate"], scored["calibrate_harmless"], calibration),
-    )
+def _looks_harmful(row: Row) -> bool:
+    return row.source in sources.LOOK_ALIKES and row.targets[-1] == 0 and row.weights[-1] == 1
+
+
+def _thresholds(scored: dict[str, Scored], calibration: Calibration) -> dict[str, float]:
+    return thresholds.choose(
+        scored["calibrate"], scored["calibrate_harmless"], calibration,
+        scored["calibrate_look_alikes"],
+    )  # fmt: skip
 
 
 def _figures(scored: dict[str, Scored], choice: _Choice) -> dict[str, Any]:
@@ -191,6 +232,9 @@ def _figures(scored: dict[str, Scored], choice: _Choice) -> dict[str, Any]:
         harmless = scored[f"{part}_harmless"]
         found[f"{part}_harmless_replies"] = len(harmless.rows)
         found[f"{part}_harmless_replies_blocked"] = float(measure.blocked(harmless, *choice).mean())
+        alike = scored[f"{part}_look_alikes"]
+        found[f"{part}_look_alikes"] = len(alike.rows)
+        found[f"{part}_look_alikes_blocked"] = float(measure.blocked(alike, *choice).mean())
     found["by_source"] = measure.blocked_by_source(scored["unseen"], *choice)
     return found
 

@@ -12,7 +12,7 @@ import msgspec
 from detectors.calibrate import Calibration
 from detectors.harms import COLUMNS
 from detectors.labels import LabelMap
-from detectors.session import FORMAT, Precision
+from detectors.session import FORMAT, Precision, View
 from detectors.tokens import DEFAULT_LENGTHS, Inputs, Layout, Lengths
 
 MODEL, TOKENIZER = "model.int8.onnx", "tokenizer.json"
@@ -43,6 +43,8 @@ class Made(NamedTuple):
     max_tokens: int | None = None
     graphs: tuple[Precision, ...] = ("int8",)
     serves: Precision = "int8"  # on CPU
+    name: str = "toxicity"
+    view: View = "whole"
 
 
 def contents(folder: Path, made: Made) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def contents(folder: Path, made: Made) -> dict[str, Any]:
     graphs = {kind: GRAPHS[kind] for kind in made.graphs}
     return {
         "format": FORMAT,
-        "name": "toxicity",
+        "name": made.name,
         "columns": list(COLUMNS),
         "model": GRAPHS[made.serves],
         "graphs": graphs,
@@ -58,6 +60,7 @@ def contents(folder: Path, made: Made) -> dict[str, Any]:
         "precision": _PRECISIONS[made.serves],
         "opset": made.opset,
         "inputs": made.inputs,
+        "view": made.view,
         "layout": msgspec.to_builtins(made.layout),
         "lengths": made.lengths._asdict(),
         "max_tokens": made.max_tokens,

@@ -1,5 +1,6 @@
 """A classifier in torch to an ONNX graph: two or three (B, T) int64 inputs, `logits` (B, L)."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -66,7 +67,9 @@ def write(classifier: Classifier, path: Path, *, whole: bool = False) -> bool:
     example = tuple(_example(name) for name in names)
     axes = {name: {0: "batch", 1: "tokens"} for name in names}
     reduced = nullcontext(False) if whole else first_token_alone(classifier.encoder)
-    with torch.no_grad(), reduced as alone:
+    # What the tracer takes for constant would show where the graph is held against torch.
+    quiet = warnings.catch_warnings(action="ignore")
+    with torch.no_grad(), reduced as alone, quiet:
         torch.onnx.export(
             _Traced(classifier).eval(),
             example,
