@@ -51,7 +51,7 @@ test-train: .venv-train/.done ## the tests that need torch: export and its parit
 train: .venv-train/.done ## classifier from data to models/: make train DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=folder"; exit 2; }
 	.venv-train/bin/python -m training.classifier --data $(DATA) --out runs/toxicity
-	.venv-train/bin/python -m export --checkpoint runs/toxicity --data $(DATA) --out models/toxicity
+	.venv-train/bin/python -m export --checkpoint runs/student --data $(DATA) --out models
 
 lock: setup ## pin the newest versions that pyproject.toml allows
 	$(BIN)/pip install -q uv

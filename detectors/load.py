@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
+from detectors import combine
+from detectors.combine import Combination
 from detectors.protocol import Detector
 
 PYTHON: Final = "python:"  # a user's own detector: python:package.module:attr
@@ -26,6 +28,14 @@ def load_detectors(specs: Sequence[str], models: Path) -> tuple[Detector, ...]:
     if not specs:
         raise LoadError("no detector is configured; name at least one, such as 'toxicity'")
     return tuple(load_detector(spec, models) for spec in specs)
+
+
+def load_combination(models: Path, detectors: Sequence[Detector]) -> Combination | None:
+    """How these detectors' scores become one, as learnt; None: the highest counts. LoadError."""
+    try:
+        return combine.read(models, detectors)
+    except combine.CombinationError as error:
+        raise LoadError(str(error)) from error
 
 
 def load_detector(spec: str, models: Path) -> Detector:

@@ -45,6 +45,9 @@ class Lengths(msgspec.Struct, frozen=True):
     overlap: int
 
 
+View = Literal["whole", "segment"]  # segment: without the text before and the conversation
+
+
 class Manifest(msgspec.Struct, frozen=True):
     """manifest.json, as far as serving needs it."""
 
@@ -59,6 +62,7 @@ class Manifest(msgspec.Struct, frozen=True):
     calibration: dict[str, tuple[float, float]]  # column -> slope, intercept
     thresholds: dict[str, float]  # by THRESHOLD_KEYS
     inputs: Inputs = "pair"
+    view: View = "whole"
     layout: Layout | None = None  # None: [CLS] A [SEP] B [SEP], by name
     max_tokens: int | None = None  # positions that the model has; None: not stated
     labels: LabelMap | None = None  # None: the graph's outputs are the columns

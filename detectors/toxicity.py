@@ -30,6 +30,7 @@ class Toxicity:
         self._thresholds = dict(manifest.thresholds)
         self._calibration = _calibration(manifest)
         self._labels = manifest.labels
+        self._view = manifest.view
         self._tokens = PairTokens(
             checked.read(manifest.tokenizer), _lengths(manifest), manifest.layout, manifest.inputs
         )
@@ -43,7 +44,10 @@ class Toxicity:
 
     def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
         """Token windows of each passage. Every character of `text` lies in some window."""
-        return [self._tokens.encode(passage) for passage in passages]
+        return [self._tokens.encode(self._seen(passage)) for passage in passages]
+
+    def _seen(self, passage: Passage) -> Passage:
+        return Passage(passage.text, "", ()) if self._view == "segment" else passage
 
     def score(self, batch: Sequence[Encoded]) -> FloatArray:
         """(B, 7) probabilities, of each column the highest over the passage's windows.

@@ -5,15 +5,17 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from detectors.harms import COLUMNS
-from detectors.protocol import FloatArray, Window
+from detectors.protocol import Window
 from detectors.tokens import PairTokens
 from training.windows import Sample
 
+Float32s = npt.NDArray[np.float32]
 _MOST_ROWS = 48  # of a batch of very short windows
 
 
@@ -21,13 +23,13 @@ class Example(NamedTuple):
     """A window with what is known of it, (7,) each. soft: a teacher's probabilities, or NaN."""
 
     window: Window
-    targets: FloatArray
-    weights: FloatArray
-    soft: FloatArray
+    targets: Float32s
+    weights: Float32s
+    soft: Float32s
 
 
 def examples(
-    found: Sequence[Sample], tokens: PairTokens, soft: FloatArray | None = None
+    found: Sequence[Sample], tokens: PairTokens, soft: Float32s | None = None
 ) -> list[Example]:
     """The first window of each passage of which something is known.
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from detectors.harms import COLUMNS
-from detectors.protocol import FloatArray
 from detectors.tokens import PairTokens
 from training import also, base
 from training.batches import Example, batches, examples, padded
@@ -29,7 +29,8 @@ from training.model import Judge, fresh
 from training.rows import Parts, Row, read, split
 from training.windows import Sample, capped, samples
 
-_HELD_OUT: Final = 800  # rows whose loss picks the weights
+_HELD_OUT: Final = 800  # rows from whose windows those come whose loss picks the weights
+_WINDOWS: Final = 1_200
 _OWN: Final = 4_000  # rows of our own texts: variants of some two thousand frames
 _LOOKS: Final = 8  # at the held-out loss, evenly over the run
 _PATIENCE: Final = 3  # looks without a better one end the run
@@ -114,6 +115,7 @@ def train(run: Path, parts: Parts, settings: Settings) -> None:
     chosen = examples(found, tokens, _soft(run, found, settings))
     dev = capped(parts.calibrate, chance)
     held_out = examples(samples(chance.sample(dev, min(_HELD_OUT, len(dev))), chance), tokens)
+    held_out = chance.sample(held_out, min(_WINDOWS, len(held_out)))
     steps = [
         batch
         for epoch in range(settings.epochs)
@@ -133,7 +135,7 @@ def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
     return rows + also.read_files(list(map(Path, settings.also)))
 
 
-def _soft(run: Path, found: Sequence[Sample], settings: Settings) -> FloatArray:
+def _soft(run: Path, found: Sequence[Sample], settings: Settings) -> npt.NDArray[np.float32]:
     """(N, 7) what the teacher says; NaN of our own texts, of which it has never seen the like."""
     soft = np.full((len(found), len(COLUMNS)), np.nan, np.float32)
     if settings.teacher:

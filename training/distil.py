@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from detectors.protocol import FloatArray, Passage, Window
+from detectors.protocol import Passage, Window
 from detectors.tokens import PairTokens
 from training.batches import padded
 from training.model import load
@@ -17,14 +18,16 @@ _TOKENS: Final = 4096  # padded, of one call
 _SAVE_EVERY: Final = 100  # calls
 
 
-def soft_targets(teacher: Path, passages: Sequence[Passage], kept: Path) -> FloatArray:
+def soft_targets(teacher: Path, passages: Sequence[Passage], kept: Path) -> npt.NDArray[np.float32]:
     """(N, 7) probabilities by the teacher, float32, of the first window of each passage.
 
     teacher: a run folder. kept: file to resume from; the passages must be the same.
     """
     tokens = PairTokens((teacher / "tokenizer.json").read_bytes())
     windows = [tokens.encode(p).windows[0] for p in tqdm(passages, desc="teacher's tokens")]
-    found = np.load(kept) if kept.exists() else np.full((len(windows), 7), np.nan, np.float32)
+    found: npt.NDArray[np.float32] = np.full((len(windows), 7), np.nan, np.float32)
+    if kept.exists():
+        found = np.load(kept)
     if len(found) != len(windows):
         raise ValueError(f"{kept}: of {len(found)} passages, not {len(windows)}: remove it")
     judge = load(teacher)

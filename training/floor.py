@@ -25,8 +25,7 @@ from detectors.protocol import FloatArray, Passage
 from training import thresholds
 from training.measure import Scored
 from training.rows import Row
-from training.scores import passages_of
-from training.windows import Sample, capped, samples
+from training.windows import Sample, capped, judged, samples
 
 _SEED: Final = 17
 _VERSION: Final = 1  # raise it when the model below changes: kept scores are then another file's
@@ -111,7 +110,7 @@ def _text(passage: Passage) -> str:
 
 
 def _scored(logits_of: Callable[[Sequence[Passage]], FloatArray], rows: Sequence[Row]) -> Scored:
-    return Scored(list(rows), np.stack([logits_of(passages_of(row)).max(axis=0) for row in rows]))
+    return Scored(list(rows), np.stack([logits_of(judged(row)).max(axis=0) for row in rows]))
 
 
 def _digest(fit: Sequence[Sample], rows: Rows) -> str:

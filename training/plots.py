@@ -16,7 +16,7 @@ from detectors.harms import COLUMNS
 from detectors.protocol import FloatArray
 from training import metrics
 
-HISTORY: Final = "history.jsonl"  # of a run: {"step", "loss"} and {"step", "held_out"} a line
+CURVE: Final = "curve.jsonl"  # of a run: {"step", "loss"} a line, some with "held_out"
 _COLOURS: Final = ("#1f6feb", "#d1791f", "#6b7280", "#2a9d5c")  # one a system
 _STYLES: Final = {"report": "-", "unseen": "--"}
 _SAYS: Final = {"report": "prompts held out", "unseen": "sources left out"}
@@ -37,15 +37,15 @@ class Drawn(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws a run's loss."""
     parser = argparse.ArgumentParser(prog="python -m training.plots", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help=f"run folder with {HISTORY}")
+    parser.add_argument("--run", type=Path, required=True, help=f"run folder with {CURVE}")
     run: Path = parser.parse_args(argv).run
-    loss(run / HISTORY, run / "loss.png")
+    loss(run / CURVE, run / "loss.png")
     print(f"written: {run / 'loss.png'}")
 
 
-def loss(history: Path, target: Path) -> None:
+def loss(curve: Path, target: Path) -> None:
     """Training loss, smoothed, and the held-out loss over the steps."""
-    lines = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines()]
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     learnt = np.array([(line["step"], line["loss"]) for line in lines if "loss" in line])

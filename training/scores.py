@@ -16,14 +16,15 @@ from typing import Final, NamedTuple, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from detectors.combine import Combination, highest
 from detectors.harms import COLUMNS, HARMS, THRESHOLD_KEYS
 from detectors.keywords import Keywords
 from detectors.load import load_detector
 from detectors.protocol import Detector, FloatArray, Passage
-from detectors.segments import DEFAULT_LIMITS, pieces
 from detectors.session import Folder, Manifest, Precision
 from training.measure import SURE
 from training.rows import Row
+from training.windows import judged as passages_of
 
 SHORT: Final = 10  # visible characters that the worker's defaults judge by keywords alone
 _ROWS_A_CALL: Final = 50  # a kill loses as many
@@ -121,17 +122,6 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target.resolve())
 
 
-def passages_of(row: Row) -> list[Passage]:
-    """What the worker, under its default settings, gives the detectors of this reply, in order."""
-    found: list[str] = []
-    passages = []
-    for piece in pieces(row.text):
-        before = "".join(found[-DEFAULT_LIMITS.context_segments :])
-        passages.append(Passage(piece, before, row.conversation))
-        found.append(piece)
-    return passages
-
-
 def scored(scorer: Scorer, rows: Sequence[Row], kept: Path, threads: int = 1) -> list[FloatArray]:
     """(S, 7) probabilities of each row's segments. kept: folder of the scores known already."""
     from tqdm import tqdm
@@ -203,9 +193,13 @@ def _unpacked(value: bytes) -> FloatArray:
     return np.frombuffer(value, dtype="<f8").reshape(-1, len(COLUMNS))
 
 
-def together(parts: Sequence[Sequence[FloatArray]]) -> list[FloatArray]:
-    """What several detectors say of the same rows: the highest of each column, as the worker."""
-    return [np.max(np.stack(of_row), axis=0) for of_row in zip(*parts, strict=True)]
+def together(
+    parts: Sequence[Sequence[FloatArray]], combination: Combination | None
+) -> list[FloatArray]:
+    """What several detectors say of the same rows, as the worker makes one of them: as learnt, or
+    the highest of each column."""
+    combined = combination.combined if combination else highest
+    return [combined(np.stack(of_row)) for of_row in zip(*parts, strict=True)]
 
 
 def with_keywords(
@@ -269,11 +263,11 @@ def judge(
     """Each row as the worker leaves it: nothing behind a blocked segment is judged."""
     limits = np.array([thresholds[key] for key in THRESHOLD_KEYS])
     ends = [_blocked_at(scores, limits) for scores in segments]
-    highest = [
+    tops = [
         (scores if end < 0 else scores[: end + 1]).max(axis=0)
         for scores, end in zip(segments, ends, strict=True)
     ]
-    stacked = np.stack(highest) if highest else np.empty((0, len(COLUMNS)))
+    stacked = np.stack(tops) if tops else np.empty((0, len(COLUMNS)))
     return Judged(list(rows), stacked, np.array(ends, dtype=np.int64), limits)
 
 

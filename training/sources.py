@@ -41,6 +41,12 @@ LONG_HARMLESS: Final = frozenset({
     "wildbench_outputs",
 })  # fmt: skip
 
+# Harmless requests and stories that look harmful.
+LOOK_ALIKES: Final = frozenset({
+    "caia_safety", "coconot_contrast", "cyberseceval_frr", "ethics_commonsense",
+    "jailbreakbench_goals", "or_bench_80k_sample", "or_bench_hard",
+})  # fmt: skip
+
 CAP: Final = 700  # rows a source
 CAPS: Final = {
     # Replies: the texts that the worker judges.

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from detectors.combine import Combination
 from detectors.harms import DEFAULT_THRESHOLDS
 from detectors.keywords import Keywords
+from detectors.load import load_combination, load_detector
 from detectors.protocol import FloatArray
 from training import baselines, scores
 from training.rows import Row
@@ -48,7 +50,7 @@ class Compare:
         alone = {name: self._through(model, self._all) for name, model in found.items()}
         yield from alone.values()
         pair = _pair(found)
-        whole = _together([alone[name] for name in pair])
+        whole = _together([alone[name] for name in pair], self._combination(pair))
         if len(pair) > 1:
             yield whole
         yield _served(whole, self._all)
@@ -66,7 +68,7 @@ class Compare:
         yield from alone.values()
         pair = _pair(twins)
         if len(pair) > 1:
-            yield _together([alone[name] for name in pair])
+            yield _together([alone[name] for name in pair], self._combination(pair))
 
     def others(self) -> Iterator[System]:
         """The floor and the small baselines. Raises BaselineMissing."""
@@ -77,6 +79,13 @@ class Compare:
         yield self._through(Floor(FLOOR, rows, self._kept), self._all)
         for baseline in small:
             yield self._through(baseline, self._all)
+
+    def _combination(self, pair: Sequence[str]) -> Combination | None:
+        """As it lies beside the models. Raises LoadError where it is for others."""
+        folders = [self._folders[name] for name in pair]
+        detectors = [load_detector(folder.name, folder.parent) for folder in folders]
+        beside = {folder.parent for folder in folders}
+        return load_combination(beside.pop(), detectors) if len(beside) == 1 else None
 
     def _through(self, scorer: Scorer, rows: list[Row]) -> System:
         found = scores.scored(scorer, rows, self._kept, self._threads)
@@ -104,14 +113,15 @@ def _pair(models: Mapping[str, OfFolder]) -> list[str]:
     return list(first.values())
 
 
-def _together(parts: Sequence[System]) -> System:
-    """Several detectors as the worker combines them; of two thresholds the first's, as there."""
+def _together(parts: Sequence[System], combination: Combination | None) -> System:
+    """Several detectors as the worker makes one of them; of two thresholds the first's counts."""
     if len(parts) == 1:
         return parts[0]
     ids = list(parts[0].known)
-    found = scores.together([[part.known[i] for i in ids] for part in parts])
+    found = scores.together([[part.known[i] for i in ids] for part in parts], combination)
     name = " + ".join(part.name for part in parts)
-    return System(name, parts[0].thresholds, dict(zip(ids, found, strict=True)))
+    thresholds = {**parts[0].thresholds, **(combination.thresholds if combination else {})}
+    return System(name, thresholds, dict(zip(ids, found, strict=True)))
 
 
 def _served(whole: System, rows: Sequence[Row]) -> System:

@@ -11,10 +11,11 @@ from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.protocol import FloatArray
 from training.measure import Labelled, Scored, blocked
 
-FALSE_BLOCKS: Final = 0.005  # share of harmless replies that may be blocked at any segment
+FALSE_BLOCKS: Final = 0.004  # share of long harmless replies that may be blocked at any segment
+LOOK_ALIKES_BLOCKED: Final = 0.08  # share of harmless texts that look harmful
 _LOWEST, _HIGHEST = 0.30, 0.99  # whatever the rows say: few of them lie at the ends
 _WEAKEST: Final = 0.1  # weight of a label that still calibrates
-_PRECISION_COUNTS: Final = 0.5  # beta of the F score that each threshold starts from
+_PRECISION_COUNTS: Final = 1.0  # beta of the F score that each threshold starts from
 
 
 def calibrate(scored: Scored) -> Calibration:
@@ -39,24 +40,38 @@ def _platt(labelled: Labelled) -> tuple[float, float]:
     return float(fitted.coef_[0, 0]), float(fitted.intercept_[0])
 
 
-def choose(scored: Scored, harmless: Scored, calibration: Calibration) -> dict[str, float]:
-    """Thresholds by THRESHOLD_KEYS: the best F0.5 each, raised until harmless replies pass.
+def choose(
+    scored: Scored, harmless: Scored, calibration: Calibration, look_alikes: Scored | None = None
+) -> dict[str, float]:
+    """Thresholds by THRESHOLD_KEYS: the best F1 each, raised until harmless texts pass.
 
-    harmless: long harmless replies, the highest logits over their segments.
+    harmless: long harmless replies, the highest logits over their segments; look_alikes: harmless
+    texts that look harmful.
     """
     best = [_best(scored.labels(i), calibration, i) for i in range(len(COLUMNS))]
+    found = _raised(best, harmless, calibration, FALSE_BLOCKS)
+    if look_alikes is not None and len(look_alikes.rows):
+        found = _raised(found, look_alikes, calibration, LOOK_ALIKES_BLOCKED)
+    return dict(zip(THRESHOLD_KEYS, found, strict=True))
+
+
+def _raised(
+    limits: list[float], harmless: Scored, calibration: Calibration, most: float
+) -> list[float]:
+    """The thresholds, together raised as little as lets all but a share of the rows pass."""
     benign = calibrated(harmless.logits, calibration)  # (N, 7)
-    for quantile in np.linspace(0.95, 1.0, 201):
+    for quantile in np.linspace(0.5, 1.0, 1001):
         floors = np.quantile(benign, quantile, axis=0)
-        limits = np.clip(np.maximum(best, floors), _LOWEST, _HIGHEST).round(3)
-        thresholds = dict(zip(THRESHOLD_KEYS, limits.tolist(), strict=True))
-        if blocked(harmless, calibration, thresholds).mean() <= FALSE_BLOCKS:
-            return thresholds
-    return thresholds
+        raised = np.clip(np.maximum(limits, floors), _LOWEST, _HIGHEST).round(3)
+        found: list[float] = raised.tolist()
+        thresholds = dict(zip(THRESHOLD_KEYS, found, strict=True))
+        if blocked(harmless, calibration, thresholds).mean() <= most:
+            return found
+    return found
 
 
 def _best(labelled: Labelled, calibration: Calibration, column: int) -> float:
-    """The threshold of the best F0.5: a wrong block closes a stream, so precision counts more."""
+    """The threshold of the best F score on its own."""
     slope, intercept = calibration.slopes[column], calibration.intercepts[column]
     probabilities = sigmoid(slope * labelled.logits + intercept)
     grid = np.linspace(_LOWEST, _HIGHEST, 70)

@@ -4,14 +4,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from detectors import combine
+from detectors.combine import Combination
 from detectors.harms import COLUMNS
 from detectors.protocol import Detector, Encoded, Passage
 from worker.errors import DetectorError
 
 
-def model_id(detectors: Sequence[Detector]) -> str:
+def model_id(detectors: Sequence[Detector], combination: Combination | None = None) -> str:
     """Names and digests, as decisions and cache keys carry them."""
-    return "+".join(f"{detector.name}@{detector.digest[:6]}" for detector in detectors)
+    parts = [(detector.name, detector.digest) for detector in detectors]
+    if combination is not None:
+        parts.append(("combined", combination.digest))
+    return "+".join(f"{name}@{digest[:6]}" for name, digest in parts)
 
 
 def encode(detectors: Sequence[Detector], passages: Sequence[Passage]) -> list[tuple[Encoded, ...]]:
@@ -25,11 +30,13 @@ def encode(detectors: Sequence[Detector], passages: Sequence[Passage]) -> list[t
 
 
 def score(
-    detectors: Sequence[Detector], batch: Sequence[tuple[Encoded, ...]]
-) -> list[tuple[tuple[float, ...], str]]:
-    """For each passage the highest score per column, (7,), and the detector that gave most of it.
+    detectors: Sequence[Detector], batch: Sequence[tuple[Encoded, ...]],
+    combination: Combination | None = None,
+) -> list[tuple[tuple[float, ...], str]]:  # fmt: skip
+    """For each passage its scores, (7,), and the detector that gave most of `harmful`.
 
-    Columns in which a detector gave no probability are NaN. Raises DetectorError.
+    Of several detectors' scores the highest counts, unless a combination was learnt. Columns in
+    which a detector gave no probability are NaN. Raises DetectorError.
     """
     try:
         matrices = [
@@ -44,10 +51,10 @@ def score(
             raise DetectorError(f"{detector.name} gave {matrix.shape} scores for {len(batch)} rows")
     stacked = np.stack(matrices)  # (D, B, 7)
     stacked = np.where((stacked >= 0.0) & (stacked <= 1.0), stacked, np.nan)
-    highest = stacked.max(axis=0)  # (B, 7); NaN wins
+    whole = combination.combined(stacked) if combination else combine.highest(stacked)  # (B, 7)
     names = [detector.name for detector in detectors]
     leading = np.nan_to_num(stacked[:, :, -1], nan=2.0).argmax(axis=0)  # (B,)
     return [
         (tuple(row), names[lead])
-        for row, lead in zip(highest.tolist(), leading.tolist(), strict=True)
+        for row, lead in zip(whole.tolist(), leading.tolist(), strict=True)
     ]
