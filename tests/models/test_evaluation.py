@@ -8,15 +8,17 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import numpy as np
 import pytest
 
+from detectors.combine import Combination
 from detectors.constant import Constant
 from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS
 from detectors.keywords import Keywords
-from detectors.protocol import Passage, Turn
+from detectors.protocol import Encoded, FloatArray, Passage, Turn
 from detectors.segments import DEFAULT_LIMITS
 from tests.fakes import RowDetector
-from training import early, scores
+from training import early, scores, windows
 from training.rows import Row
 from training.scores import OfFolder, judge
+from worker import detect
 from worker.events import Decision
 from worker.offline import Line, Offline, Scores
 from worker.pipeline import Pipeline
@@ -74,7 +76,7 @@ def test_scores_and_verdicts_are_those_of_moderate() -> None:
     model = OfFolder(MODELS / "toxicity", "toxicity")
     keywords = Keywords.load(HERE / "detectors" / "keywords.toml")
     some = rows()
-    segments = [model.score(scores.passages_of(one)) for one in some]
+    segments = [model.score(windows.judged(one)) for one in some]
     found = judge(some, scores.with_keywords(keywords, some, segments), model.thresholds)
     lines = said_by_moderate(some)
     assert sum(found.blocked) >= 3  # else little is compared
@@ -133,7 +135,15 @@ def test_each_segment_is_what_the_worker_judges(seed: int) -> None:
         lane = Pipeline(Settings(), [Constant()]).lane("t", 0)
         segments = lane.feed(0, 0, None, _record(one), 0.0, 0)
         given = [Passage(s.text, s.before, s.stream.conversation) for s in segments]
-        assert scores.passages_of(one) == given
+        assert windows.judged(one) == given
+
+
+class Reversed(RowDetector):
+    """Another detector: the same rows, columns turned round."""
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        """(B, 7)"""
+        return super().score(batch)[:, ::-1]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -141,7 +151,7 @@ def test_what_is_out_when_the_block_comes_is_what_was_released(seed: int) -> Non
     """The share is the last `released_to` of the stream; all of it where nothing was blocked."""
     some = [row(text, number) for number, text in enumerate(odd_texts(seed))]
     detector = RowDetector()
-    segments = [detector.score(detector.encode(scores.passages_of(one))) for one in some]
+    segments = [detector.score(detector.encode(windows.judged(one))) for one in some]
     keywords = Keywords.load(HERE / "detectors" / "keywords.toml")
     screened = scores.with_keywords(keywords, some, segments)
     found = judge(some, screened, DEFAULT_THRESHOLDS)
@@ -165,6 +175,22 @@ def released_by_worker(some: Sequence[Row], detector: RowDetector) -> dict[str, 
     offline = Offline(Settings(), keep, lambda *_: None, detectors=[detector])
     asyncio.run(offline.run(chunks()))
     return last
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_two_detectors_are_made_one_as_in_the_worker(learnt: bool) -> None:
+    """By the combination beside them, else the highest of each column."""
+    chance = np.random.default_rng(5)
+    weights = {column: tuple(chance.random(3).tolist()) for column in COLUMNS}
+    combination = Combination({"a": "1", "b": "2"}, weights, {}) if learnt else None
+    detectors = [RowDetector(), Reversed()]
+    passages = windows.judged(row(TEXTS[0]))
+    alone = [detector.score(detector.encode(passages)) for detector in detectors]
+    (found,) = scores.together([[of_row] for of_row in alone], combination)
+    batch = detect.encode(detectors, passages)
+    expected = [values for values, _ in detect.score(detectors, batch, combination)]
+    assert found.tolist() == [list(values) for values in expected]
+    assert not np.allclose(found, alone[0])
 
 
 def test_training_knows_the_worker_s_limits() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from detectors.harms import DEFAULT_THRESHOLDS
 from detectors.protocol import FloatArray, Passage, Turn
-from training import scores
+from training import scores, windows
 from training.rows import Row
 
 pytestmark = pytest.mark.train
@@ -45,7 +45,7 @@ def test_known_scores_are_not_asked_for_again(tmp_path: Path) -> None:
     known = scores.scored(first, rows(), tmp_path, threads=2)
     assert first.asked == sum(len(of_row) for of_row in known) > len(TEXTS)
     for one, of_row in zip(rows(), known, strict=True):
-        expected = [len(p.text) / 1_000 for p in scores.passages_of(one)]
+        expected = [len(p.text) / 1_000 for p in windows.judged(one)]
         assert of_row[:, 0].tolist() == pytest.approx(expected)
     again = Counting()
     assert np.allclose(np.vstack(scores.scored(again, rows(), tmp_path)), np.vstack(known))
