@@ -122,8 +122,8 @@ def epoch_delta(delta: float, epoch: int) -> float:
     return (1.0 - _FIRST_EPOCH) * delta / (epoch * (epoch + 1))
 
 
-class World(NamedTuple):
-    """Sums over the blocked decisions since the threshold in force was last looked at."""
+class Blocked(NamedTuple):
+    """Sums over what the threshold in force has blocked since it was last looked at."""
 
     decisions: int = 0
     weight: float = 0.0
@@ -149,7 +149,7 @@ class Tally(NamedTuple):
     weights: FloatArray  # (L,)
     counts: IntArray  # (W, B, 2, L) settled decisions
     recent: tuple[tuple[int, int, int], ...]  # the latest of them: bin, outcome, weight
-    since: tuple[World, ...]  # (W,) blocked ones under the threshold in force
+    since: Blocked
     largest_share: float = 0.0  # of the reviewer who took part in most of the decisions
     alarm: bool = False  # the threshold in force misses its goal
     complaints: bool = False  # ... says who complained
@@ -224,7 +224,7 @@ def _draft(
         target_precision=policy.target_precision, recall_floor=policy.recall_floor,
         delta=policy.delta, level=Goal.of(policy).level, labels=tally.labels, model=tally.model,
         ts_ms=now_ms, alarm=False, labels_needed=None, reason="",
-        precision=tally.since[0].precision,
+        precision=tally.since.precision,
     )  # fmt: skip
 
 
@@ -485,7 +485,7 @@ def _stepped(
     tally: Tally, policy: LearnPolicy, draft: ThresholdRecord, current: ThresholdRecord
 ) -> ThresholdRecord | None:
     """Precision of blocked items below 0.8: up 0.05, above 0.95: down 0.05. No guarantee."""
-    seen = tally.since[0]
+    seen = tally.since
     missing = policy.labels_per_step - seen.decisions
     if current.status == "proposed":
         return None
@@ -496,25 +496,15 @@ def _stepped(
         return waits if not current.reason else None
     to = _step_from(draft.threshold, seen.precision or 0.0, policy, tally.harm)
     reason = f"precision {seen.precision:.3f} of {seen.decisions} blocked items"
-    if to != draft.threshold and policy.max_reviewer_share < 1.0:
-        obstacle = _obstacle(tally, policy)
-        alone = any(
-            _step_from(draft.threshold, _known(world), policy, tally.harm) != to
-            for world in tally.since[1:]
-        )
-        if obstacle or alone or len(tally.since) < 3:
-            to, reason = draft.threshold, obstacle or f"{reason}; without one reviewer it differs"
+    obstacle = _obstacle(tally, policy)
+    if obstacle:
+        to, reason = draft.threshold, obstacle
     draft = msgspec.structs.replace(
         draft, reason=reason, labels_needed=policy.labels_per_step, since_ms=tally.settled_ms
     )
     if to == draft.threshold:
         return draft
     return _moved(draft, tally, to, ask=policy.approval)
-
-
-def _known(world: World) -> float:
-    """Precision, or one that moves nothing."""
-    return 0.9 if world.precision is None else world.precision
 
 
 def _step_from(threshold: float, precision: float, policy: LearnPolicy, harm: str) -> float:

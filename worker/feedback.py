@@ -8,7 +8,7 @@ A rebuild is the same without `propose`. docs/thresholds.md says why each rule i
 """
 
 import heapq
-from bisect import bisect_left
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, Self
@@ -18,7 +18,7 @@ import numpy as np
 
 from detectors.harms import OTHER, THRESHOLD_KEYS
 from worker import drift
-from worker.certify import BOUNDS, GRID, STAKES, Goal, Tally, World, bin_of
+from worker.certify import BOUNDS, GRID, STAKES, Blocked, Goal, Tally, bin_of
 from worker.events import Decision, Label, Review, ThresholdRecord
 from worker.settings import LearnPolicy
 
@@ -27,10 +27,11 @@ MAX_SETTLED = 500_000  # ids remembered, twice; about 70 bytes each
 MAX_CLAIMS = 5_000  # tenants and models come from outside; some 50 kB each with ten reviewers
 MAX_REVIEWERS = 64  # of one claim that are told apart; more share these places
 MAX_VOTES = 16  # reviewers of one decision
-MAX_WEIGHTS = 24  # of one claim; others are rounded to these by chance
+MAX_WEIGHTS = 12  # of one claim, as they are; others are rounded to powers of 2, by chance
 RECENT = 200  # decisions that an alarm looks back on
 
 _NOT_SCORED = {"keyword", "short", "policy"}  # no threshold could change them
+_SMALLEST = 2.0**-6  # weight; smaller ones are rounded to it or to 0
 _SAME = 1e-6  # scores and probabilities that went through somebody's JSON
 _NOWHERE = -(2**62)
 
@@ -317,8 +318,8 @@ class _Counts:
         self._epoch: tuple[int, int] = (0, _NOWHERE)
         self._since_ms = _NOWHERE
         self._rows: dict[str, int] = {}  # reviewer -> row
-        self._weights = sorted({0.0, 1.0, self._goal.ratio})  # between which others are rounded
-        self._columns: dict[float, int] = {w: i for i, w in enumerate(self._weights)}
+        self._weights = [1.0]  # a column of counts each
+        self._columns = {1.0: 0}
         self._seen = 0
         self._tested = 0
         self._settled_ms = _NOWHERE
@@ -335,7 +336,7 @@ class _Counts:
 
     def _begin_watch(self) -> None:
         rows = 1 + len(self._rows)
-        self._sums = [[0.0, 0.0, 0.0] for _ in range(rows)]  # decisions, weight, harmful weight
+        self._since = Blocked()
         self._wealth = drift.begin(rows)  # (rows, K)
         self._watched = 0  # decisions bet on
         self._rang = self._told = False
@@ -368,25 +369,25 @@ class _Counts:
         if weight > self._goal.ratio:
             self._too_rare_below += 1
             weight = self._goal.ratio
+        if weight not in self._columns and len(self._weights) >= MAX_WEIGHTS:
+            weight = self._rounded(weight, crc32(decision_id.encode()) / 2**32)
+        return self._column(weight)
+
+    def _column(self, weight: float) -> int:
         column = self._columns.get(weight)
-        if column is not None:
-            return column
-        if len(self._weights) < MAX_WEIGHTS:
-            return self._new_weight(weight)
-        return self._rounded(weight, crc32(decision_id.encode()) / 2**32)
+        if column is None:
+            column = self._columns[weight] = len(self._weights)
+            self._weights.append(weight)
+            more = np.zeros_like(self._table[..., :1])
+            self._table = np.concatenate([self._table, more], axis=-1)
+        return column
 
-    def _new_weight(self, weight: float) -> int:
-        self._columns[weight] = len(self._weights)
-        self._weights.append(weight)
-        self._table = np.concatenate([self._table, np.zeros_like(self._table[..., :1])], axis=-1)
-        return len(self._weights) - 1
-
-    def _rounded(self, weight: float, chance: float) -> int:
-        """One of the two nearest weights, such that the mean over chances is the weight itself."""
-        ordered = sorted(self._weights)
-        at = bisect_left(ordered, weight)
-        low, high = ordered[at - 1], ordered[at]
-        return self._columns[high if chance * (high - low) < weight - low else low]
+    def _rounded(self, weight: float, chance: float) -> float:
+        """One of the two nearest powers of 2; the mean over chances is the weight itself."""
+        power = 2.0 ** math.ceil(math.log2(max(weight, _SMALLEST)))
+        low = power / 2.0 if weight > _SMALLEST else 0.0
+        high = min(power, self._goal.ratio)
+        return high if chance * (high - low) < weight - low else low
 
     # -- settling -----------------------------------------------------------------------------
 
@@ -435,7 +436,6 @@ class _Counts:
             row = self._rows[name] = len(self._took_part)
             self._took_part.append(0)
             self._table = np.concatenate([self._table, np.zeros_like(self._table[:1])])
-            self._sums.append([0.0, 0.0, 0.0])
             self._wealth = np.concatenate([self._wealth, self._wealth[:1]])
         return row
 
@@ -444,12 +444,8 @@ class _Counts:
     ) -> None:
         """Look at one more decision under the threshold in force."""
         if above:
-            self._sum(0, whole, weight, 1)
-            for row, without in others.items():
-                if without is not whole:
-                    self._sum(row, whole, weight, -1)
-                    if without is not None:
-                        self._sum(row, without, weight, 1)
+            decisions, total, harmful = self._since
+            self._since = Blocked(decisions + 1, total + weight, harmful + weight * whole)
         if not self._rang:
             self._bet(above, whole, others, weight)
 
@@ -474,12 +470,6 @@ class _Counts:
         self._wealth = after
         judges = after if self.policy.max_reviewer_share < 1.0 else after[:1]
         self._rang = drift.rings(judges, self.policy.delta)
-
-    def _sum(self, row: int, harmful: bool, weight: float, sign: int) -> None:
-        sums = self._sums[row]
-        sums[0] += sign
-        sums[1] += sign * weight
-        sums[2] += sign * weight * harmful
 
     def is_due(self) -> bool:
         """Whether it is time for a test: an alarm, or so many decisions after the last one."""
@@ -529,12 +519,7 @@ class _Counts:
         return Tally(
             *self.claim, labels=self._labels, settled_ms=max(0, self._settled_ms),
             weights=np.array(self._weights), counts=counts, recent=tuple(self._recent),
-            since=self._worlds(), largest_share=max(self._took_part) / max(1, self._labels),
+            since=self._since, largest_share=max(self._took_part) / max(1, self._labels),
             alarm=self._rang, complaints=self._complained, too_rare=self._too_rare,
             too_rare_below=self._too_rare_below,
         )  # fmt: skip
-
-    def _worlds(self) -> tuple[World, ...]:
-        whole = self._sums[0]
-        rest = [[a + b for a, b in zip(whole, lacks, strict=True)] for lacks in self._sums[1:]]
-        return tuple(World(round(n), weight, harmful) for n, weight, harmful in [whole, *rest])
