@@ -215,3 +215,17 @@ def test_harmless_hate_look_alikes_are_misspelt_as_well() -> None:
     ]
     assert odd.count(0) >= 20
     assert odd.count(1) >= 20
+
+
+def test_nothing_sexual_stands_beside_a_word_for_a_minor() -> None:
+    """No sexual row, its conversation and opening included, speaks of the young or of school."""
+    young = re.compile(
+        r"child|\bkids?\b|\bgirls?\b|\bboys?\b|teen|young|youth|minor|school|daughter|\bsons?\b"
+        r"|pupil|student|toddler|baby\b|\bclass(es|room)?\b",
+        re.IGNORECASE,
+    )
+    sexual = [record for record in own_rows() if record["labels"]["sexual_content"]]
+    assert sexual
+    for record in sexual:
+        said = [record["text"], *(turn["content"] for turn in record["context"])]
+        assert not [text for text in said if young.search(text)]
