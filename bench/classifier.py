@@ -1,6 +1,6 @@
 """What does the worker keep of the detectors' own speed? And how many tokens does it spend?
 
-The same texts, in turn: (a) the detector alone, encode and score from as many threads as the
+The same texts, in turn: (a) the detectors alone, encode and score from as many threads as the
 worker uses; (b) the pipeline in process; (c) the whole way, Kafka to Kafka, in a worker process.
 All on the same cores, caches off; (c) shares them with the broker.
 """
@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -54,11 +55,12 @@ def _nothing() -> Detector:
     return Constant()
 
 
-def alone(detector: Detector, passages: list[Passage], threads: int) -> float:
+def alone(detectors: Sequence[Detector], passages: list[Passage], threads: int) -> float:
     """Segments a second."""
 
     def one(passage: Passage) -> None:
-        detector.score(detector.encode([passage]))
+        for detector in detectors:
+            detector.score(detector.encode([passage]))
 
     start = time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
@@ -66,9 +68,9 @@ def alone(detector: Detector, passages: list[Passage], threads: int) -> float:
     return len(passages) / (time.monotonic() - start)
 
 
-async def in_process(settings: Settings, detector: Detector, values: list[bytes]) -> Any:
+async def in_process(settings: Settings, detectors: Sequence[Detector], values: list[bytes]) -> Any:
     """Segments a second and tokens spent per token of text."""
-    async with Pipeline(settings, [detector]) as pipeline:
+    async with Pipeline(settings, detectors) as pipeline:
         lane = pipeline.lane("bench", 0)
         done = asyncio.Event()
         pipeline.on_output = lambda it: None if it.open_streams else done.set()
@@ -120,7 +122,7 @@ async def main() -> None:
             tenants={"default": {"actions": dict.fromkeys(_ALL, "flag")}},
         )  # fmt: skip
         await ensure_topics(settings.bootstrap_servers, desired_topics(settings), 4, 1)
-        (detector,) = load_detectors(settings.detectors, settings.models)
+        detectors = load_detectors(settings.detectors, settings.models)
         worker = start_worker(
             settings, None, TIDEGATE_CACHE_ENTRIES="0", TIDEGATE_HOLD_TIMEOUT_MS="600000",
             TIDEGATE_MAX_WAITING_SEGMENTS="100000",
@@ -131,9 +133,9 @@ async def main() -> None:
             for run in range(arguments.runs):
                 values = records(arguments.replies, run)
                 passages = passages_of(settings, values)
-                rows["alone"].append(alone(detector, passages, settings.infer_threads))
+                rows["alone"].append(alone(detectors, passages, settings.infer_threads))
                 rows["kafka"].append(await through_kafka(settings, values))
-                speed, tokens = await in_process(settings, detector, values)
+                speed, tokens = await in_process(settings, detectors, values)
                 rows["pipeline"].append(speed)
                 rows["tokens"].append(tokens)
         finally:
@@ -144,10 +146,10 @@ async def main() -> None:
         for name in ("pipeline", "kafka")
     }
     report.show(
-        f"The shipped classifier, {arguments.replies} replies a run, same texts",
-        ("", "segments/s", "share of the detector alone"),
+        f"The shipped detectors, {arguments.replies} replies a run, same texts",
+        ("", "segments/s", "share of the detectors alone"),
         [
-            ("detector alone", report.spread(rows["alone"]), "1"),
+            ("detectors alone", report.spread(rows["alone"]), "1"),
             ("pipeline in process", report.spread(rows["pipeline"]), _shares(shares["pipeline"])),
             ("Kafka to Kafka", report.spread(rows["kafka"]), _shares(shares["kafka"])),
             ("tokens per token of text", _shares(rows["tokens"]), ""),

@@ -216,12 +216,14 @@ def delta_records(
 
 
 async def decide_records(
-    settings: Settings, records: Iterable[bytes | None], detector: Detector | None = None,
+    settings: Settings, records: Iterable[bytes | None],
+    detector: Detector | tuple[Detector, ...] | None = None,
     on_decision: Callable[[Decision], None] = lambda _: None,
 ) -> dict[str, list[Decision]]:  # fmt: skip
     """The decisions of each stream when one lane is fed these records, one after the other."""
     decided: dict[str, list[Decision]] = {}
-    async with Pipeline(settings, [detector or RowDetector()]) as pipeline:
+    detectors = detector if isinstance(detector, tuple) else (detector or RowDetector(),)
+    async with Pipeline(settings, detectors) as pipeline:
 
         def collect(lane: Lane) -> None:
             output = lane.take(pipeline.clock())

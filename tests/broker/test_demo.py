@@ -175,8 +175,8 @@ async def test_the_shipped_model_tells_the_story() -> None:
         }).encode()
         for sample in samples
     ]  # fmt: skip
-    (detector,) = load_detectors(settings.detectors, settings.models)
-    decided = await decide_records(settings, records, detector)
+    detectors = load_detectors(settings.detectors, settings.models)
+    decided = await decide_records(settings, records, detectors)
     last = {name: decisions[-1] for name, decisions in decided.items()}
     wrong = {sample.name for sample in samples if last[sample.name].verdict != sample.should}
     assert not {sample.name for sample in samples if sample.should == "allow"} & wrong
