@@ -2,8 +2,8 @@
 
     python -m bench.thresholds [--histories 1000] [--labels 2500] [--only calibrated] [--write]
 
-Labels go through the product's own code: Evidence.add, Evidence.settle, propose. Traffic, reviewers
-and truth are made up. Thresholds are tested after every 25 labels. Each scenario's figures are
+What labels prove and what is published is the product's own code: `propose`, `drift.advance`.
+Traffic, reviewers and truth are made up. Thresholds are tested after every 25 labels. Figures are
 kept in runs/thresholds/, so that `--only` can be run one at a time; `--write` puts the table of
 all that are there into docs/thresholds.md and, where matplotlib is installed, the plot beside it.
 """
@@ -13,7 +13,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,13 +24,27 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.report import close, show
-from worker.certify import BOUNDS, GRID, in_force, propose, shipped, walk
-from worker.events import Label, ThresholdRecord
-from worker.feedback import Claim, Evidence, Judged
+from worker import drift
+from worker.certify import (
+    BOUNDS,
+    GRID,
+    STAKES,
+    Blocked,
+    Goal,
+    Tally,
+    in_force,
+    propose,
+    shipped,
+    walk,
+)
+from worker.events import ThresholdRecord
+from worker.feedback import RECENT, Claim
 from worker.settings import LearnPolicy
 
 Method = Literal["certified", "step"]
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int_]
+BoolArray = NDArray[np.bool_]
 
 TARGET, DELTA, SHIPPED = 0.9, 0.05, 0.74
 BATCH = 25  # labels between tests
@@ -58,6 +73,17 @@ def _flat(precision: float) -> FloatArray:
     return np.where(midpoints > BOUNDS[0], precision, 0.05)
 
 
+_known: dict[tuple[int, int], FloatArray] = {}
+
+
+def _precision(traffic: FloatArray, truth: FloatArray) -> FloatArray:
+    key = (id(traffic), id(truth))
+    if key not in _known:
+        mass, harmful = OVER @ traffic, OVER @ (traffic * truth)
+        _known[key] = np.divide(harmful, mass, out=np.ones(len(GRID)), where=mass > 0.0)
+    return _known[key]
+
+
 class Scenario(NamedTuple):
     """A world. Arrays are (1000,), one number a cell of scores."""
 
@@ -68,7 +94,7 @@ class Scenario(NamedTuple):
     later: FloatArray | None = None  # the truth after `changes` labels
     changes: int = 10**9
     errors: float = 0.0  # share of labels that are wrong
-    hostile: bool = False  # one reviewer calls everything harmful
+    hostile: bool = False  # one reviewer calls everything harmful, and gives 40 % of the labels
     follows: bool = False  # shares follow the threshold in force
     policy: tuple[tuple[str, float], ...] = ()
 
@@ -78,14 +104,16 @@ class Scenario(NamedTuple):
 
     def precision(self, number: int) -> FloatArray:
         """(101,) the true precision above each of GRID then; 1 where there is no traffic."""
-        mass = OVER @ self.traffic
-        harmful = OVER @ (self.traffic * self.truth_at(number))
-        return np.divide(harmful, mass, out=np.ones(len(GRID)), where=mass > 0.0)
+        return _precision(self.traffic, self.truth_at(number))
 
     def shares(self, threshold: float) -> FloatArray:
         """Probability of being picked for review with this threshold in force."""
-        over, near = (threshold, 0.05) if self.follows else (BOUNDS[0], 0.02)
-        return np.select([midpoints > over, midpoints > 0.5 * over], [0.1, near], 0.002)
+        return self.share(midpoints, np.full_like(midpoints, threshold))
+
+    def share(self, scores: FloatArray, thresholds: FloatArray) -> FloatArray:
+        """The same of one score each."""
+        over, near = (thresholds, 0.05) if self.follows else (np.full_like(scores, BOUNDS[0]), 0.02)
+        return np.select([scores > over, scores > 0.5 * over], [0.1, near], 0.002)
 
     @property
     def least(self) -> float:
@@ -117,7 +145,7 @@ SCENARIOS = (
     Scenario("at the edge", "precision is 0.895 at every candidate", _flat(TARGET - 0.005)),
     Scenario("dip", "precision is below target at 0.85, above it at 0.97 and at 0.5", _DIP),
     Scenario(
-        "hostile reviewer", "precision 0.88; one of four calls everything harmful",
+        "hostile reviewer", "precision 0.88; who gives 40 % of labels calls all harmful",
         _flat(0.88), hostile=True,
     ),
     Scenario(
@@ -128,129 +156,214 @@ SCENARIOS = (
 
 
 class Shown(NamedTuple):
-    """One label as it is given."""
+    """One label in each history. (H,)"""
 
-    cell: int
-    harmful: bool
-    reviewer: str
-    share: float  # picked_with
-
-
-class History(NamedTuple):
-    """What came of one history."""
-
-    in_force: list[float]  # after each batch
-    certified: list[float | None]
-    alarms: list[tuple[int, float]]  # labels before each, and the threshold that it was about
-    averages_wrong: bool  # something was certified while its running average was below the target
-    reached: int | None  # labels until a threshold worth having was certified
-    oracle: int | None  # labels until a bettor who knows the truth has won there
+    cells: IntArray
+    harmful: BoolArray
+    reviewers: IntArray
+    shares: FloatArray  # picked_with
 
 
-class Review:
-    """One history of reviews, under the product's own learner."""
+class Histories:
+    """Many histories of reviews at once, under the product's own learner.
 
-    def __init__(self, scenario: Scenario, method: Method, seed: int) -> None:
-        self._scenario = scenario
-        self._policy = LearnPolicy(
+    Counting is done here for all of them together; what the counts prove, when the alarm rings
+    and what is published is `worker.certify` and `worker.drift`; a test
+    holds the counts against `worker.feedback`.
+    """
+
+    def __init__(self, scenario: Scenario, method: Method, histories: int, seed: int) -> None:
+        self.scenario = scenario
+        self.policy = LearnPolicy(
             method=method, target_precision=TARGET, delta=DELTA, settle_ms=0, test_every=BATCH,
-            **dict(scenario.policy),
+            min_picked=scenario.least, **dict(scenario.policy),
         )  # fmt: skip
+        self._goal = Goal.of(self.policy)
         self._rng = np.random.default_rng(seed)
-        self._record = shipped(*CLAIM, SHIPPED, 0)
-        self._evidence = Evidence(lambda _: self._policy)
-        self._evidence.in_force(self._record)
-        self._oracle = Oracle(scenario)
-        self._shares: dict[float, list[float]] = {}  # by threshold in force
-        self._average = np.zeros(len(GRID))  # running sum of `drift` in this epoch
-        self._history = History([], [], [], False, None, None)
+        self._all = np.arange(histories)
+        self.records = [shipped(*CLAIM, SHIPPED, 0)] * histories
+        self.threshold = np.full(histories, SHIPPED)  # (H,) in force
+        self._weights = np.unique(np.concatenate([
+            scenario.least / scenario.shares(it) for it in (BOUNDS[0], BOUNDS[1])
+        ]).round(12))  # fmt: skip
+        worlds = 1 + REVIEWERS
+        self.counts = np.zeros((histories, worlds, len(GRID), 2, len(self._weights)), np.int32)
+        self.labels = np.zeros(histories, int)  # in this epoch
+        self.took_part = np.zeros((histories, REVIEWERS), int)
+        self.recent: list[deque[tuple[int, int, int]]] = [deque(maxlen=RECENT) for _ in self._all]
+        self._wealth = np.zeros((histories, worlds, len(STAKES)))
+        self._watched = np.zeros(histories, int)
+        self.rang = np.zeros(histories, bool)
+        self._told = np.zeros(histories, bool)
+        self._untested = np.zeros(histories, int)
+        self.since = np.zeros((histories, 3))  # blocked: decisions, weight, harmful weight
+        self.settled_ms = 0
 
-    def run(self, labels: int) -> History:
-        """All of it."""
-        for number, shown in enumerate(self._shown(labels)):
-            if self._scenario.later is not None:
-                self._average += self._scenario.drift(number)
-            self._oracle.see(shown)
-            self._label(number, shown)
-            if (number + 1) % BATCH == 0:
-                self._history.in_force.append(in_force(self._record))
-                self._history.certified.append(self._record.certified)
-        return self._history._replace(oracle=self._oracle.won)
+    # -- what reviewers say -------------------------------------------------------------------
 
-    def _shown(self, labels: int) -> Iterator[Shown]:
-        """Decisions as they are picked with what is in force then, and what a reviewer says."""
-        most = self._scenario.shares(BOUNDS[0])  # no threshold in force makes them higher
-        chances = self._scenario.traffic * most
-        number = 0
-        while number < labels:
-            cells = self._rng.choice(len(midpoints), size=labels, p=chances / chances.sum())
-            dice = self._rng.random((labels, 4))
-            for cell, rolls in zip(cells.tolist(), dice.tolist(), strict=True):
-                share = self._share(cell)
-                if rolls[0] * most[cell] < share and number < labels:
-                    yield self._said(number, cell, rolls, share)
-                    number += 1
-
-    def _share(self, cell: int) -> float:
-        threshold = in_force(self._record)
-        if threshold not in self._shares:
-            self._shares[threshold] = self._scenario.shares(threshold).tolist()
-        return self._shares[threshold][cell]
-
-    def _said(self, number: int, cell: int, rolls: Sequence[float], share: float) -> Shown:
-        reviewer = int(rolls[1] * REVIEWERS)
-        harmful = bool(rolls[2] < self._scenario.truth_at(number)[cell])
-        harmful ^= rolls[3] < self._scenario.errors
-        harmful |= self._scenario.hostile and reviewer == 0
-        return Shown(cell, harmful, f"r{reviewer}", share)
-
-    def _label(self, number: int, shown: Shown) -> None:
-        score = float(midpoints[shown.cell])
-        judged = Judged(
-            f"d-{number}", "s", CLAIM.tenant, CLAIM.model, "toxicity", None,
-            {CLAIM.harm: score}, score, number + 1, shown.share, self._scenario.least,
-        )  # fmt: skip
-        label = Label(
-            decision_id=judged.decision_id, stream_id="s", tenant=CLAIM.tenant, harm=CLAIM.harm,
-            score=score, harmful=shown.harmful, reviewer=shown.reviewer, picked_with=shown.share,
-        )  # fmt: skip
-        self._evidence.add(label, judged, number + 1)
-        for claim in self._evidence.settle(number + 1):
-            after = propose(self._evidence.snapshot(claim), self._policy, self._record, number + 1)
-            if after is not None:
-                self._publish(number, after)
-
-    def _publish(self, number: int, record: ThresholdRecord) -> None:
-        history = self._history
-        if record.epoch != self._record.epoch:
-            self._average[:] = 0.0
-        if record.alarm and not self._record.alarm:
-            history.alarms.append((number, record.previous))
-        if record.certified is not None:
-            sound = [at for at in walk(self._policy, CLAIM.harm) if GRID[at] >= record.certified]
-            wrong = self._scenario.later is not None and bool((self._average[sound] < 0.0).any())
-            reached = number + 1 if self._oracle.is_worth(record.certified) else None
-            self._history = history._replace(
-                averages_wrong=history.averages_wrong or wrong, reached=history.reached or reached
+    def shown(self) -> Shown:
+        """One more decision in each history, picked with what is in force there."""
+        most = self.scenario.shares(BOUNDS[0])  # no threshold in force makes them higher
+        chances = self.scenario.traffic * most
+        cells = np.zeros(len(self._all), int)
+        waiting = self._all
+        while len(waiting):
+            cells[waiting] = self._rng.choice(
+                len(midpoints), len(waiting), p=chances / chances.sum()
             )
-        self._record = record
-        self._evidence.in_force(record)
+            kept = (
+                self._rng.random(len(waiting)) * most[cells[waiting]] < self._shares(cells)[waiting]
+            )
+            waiting = waiting[~kept]
+        return Shown(cells, *self._said(cells), self._shares(cells))
+
+    def _shares(self, cells: IntArray) -> FloatArray:
+        """(H,) probability of being picked."""
+        return self.scenario.share(midpoints[cells], self.threshold)
+
+    def _said(self, cells: IntArray) -> tuple[BoolArray, IntArray]:
+        rolls = self._rng.random((2, len(cells)))
+        busy = [0.4, 0.2, 0.2, 0.2] if self.scenario.hostile else None
+        reviewers = self._rng.choice(REVIEWERS, size=len(cells), p=busy)
+        harmful = rolls[0] < self.scenario.truth_at(self.settled_ms)[cells]
+        harmful ^= rolls[1] < self.scenario.errors
+        harmful |= self.scenario.hostile & (reviewers == 0)
+        return harmful, reviewers
+
+    # -- what the learner makes of it ---------------------------------------------------------
+
+    def label(self, shown: Shown) -> list[int]:
+        """Count it; the histories in which a test is due."""
+        self.settled_ms += 1
+        weights = (self.scenario.least / shown.shares).round(12)
+        columns = np.searchsorted(self._weights, weights)
+        bins = np.searchsorted(GRID, midpoints[shown.cells])
+        harmful = shown.harmful.astype(int)
+        self.counts[self._all, :, bins, harmful, columns] += 1
+        self.counts[self._all, 1 + shown.reviewers, bins, harmful, columns] -= 1
+        self.labels += 1
+        self.took_part[self._all, shown.reviewers] += 1
+        for history, *it in zip(
+            self._all.tolist(), bins.tolist(), harmful.tolist(), columns.tolist(), strict=True
+        ):
+            self.recent[history].append((it[0], it[1], it[2]))
+        self._watch(shown, weights)
+        self._untested += 1
+        due = (self._untested >= BATCH) | (self.rang & ~self._told)
+        self._told[due], self._untested[due] = self.rang[due], 0
+        return np.flatnonzero(due).tolist()
+
+    def _watch(self, shown: Shown, weights: FloatArray) -> None:
+        above = midpoints[shown.cells] > self.threshold
+        harmful = shown.harmful & above
+        self.since += np.stack([above, above * weights, harmful * weights], axis=1)
+        bets = above & ~self.rang
+        self._watched += bets
+        losses = np.where(
+            shown.harmful, self._goal.loss(True, True, 1.0), self._goal.loss(True, False, 1.0)
+        )
+        after = drift.advance(
+            self._wealth, np.maximum(self._watched, 1)[:, None, None],
+            (losses * weights)[:, None, None],
+        )  # fmt: skip
+        after[self._all, 1 + shown.reviewers] = self._wealth[self._all, 1 + shown.reviewers]
+        self._wealth = np.where(bets[:, None, None], after, self._wealth)
+        judges = 1 if self.policy.max_reviewer_share == 1.0 else None
+        self.rang |= bets & drift.rings(self._wealth[:, :judges], DELTA)
+
+    def tally(self, history: int) -> Tally:
+        """What `propose` is shown."""
+        decisions, weight, harmful = self.since[history].tolist()
+        return Tally(
+            *CLAIM, int(self.labels[history]), self.settled_ms, self._weights,
+            self.counts[history], tuple(self.recent[history]),
+            Blocked(round(decisions), weight, harmful),
+            int(self.took_part[history].max()) / max(1, int(self.labels[history])),
+            bool(self.rang[history]),
+        )  # fmt: skip
+
+    def publish(self, history: int, record: ThresholdRecord) -> None:
+        """Put it in force, as `Evidence.in_force` does."""
+        before, self.records[history] = self.records[history], record
+        if record.epoch_ms != before.epoch_ms:
+            self.counts[history], self.labels[history] = 0, 0
+            self.took_part[history] = 0
+            self.recent[history].clear()
+        threshold = in_force(record)
+        if (threshold, record.since_ms) != (self.threshold[history], before.since_ms):
+            self.threshold[history] = threshold
+            self._wealth[history], self._watched[history], self.since[history] = 0.0, 0, 0.0
+            self.rang[history] = self._told[history] = False
+
+
+class Diary:
+    """What came of the histories."""
+
+    def __init__(self, world: Histories, labels: int) -> None:
+        histories = len(world.records)
+        self._world = world
+        self.in_force = np.zeros((labels // BATCH, histories))
+        self.certified = np.ones((labels // BATCH, histories))  # lowest candidate; 1: none
+        self.false_alarms = np.zeros(histories, bool)
+        self.averages_wrong = np.zeros(histories, bool)
+        self.reached: dict[int, int] = {}  # history -> labels until a threshold worth having
+        self._average = np.zeros((histories, len(GRID)))
+        self._order = walk(world.policy, CLAIM.harm)
+        self._oracle = Oracle(world.scenario)
+
+    def label(self, number: int) -> None:
+        """After each label."""
+        if self._world.scenario.later is not None:
+            self._average += self._world.scenario.drift(number)
+        if (number + 1) % BATCH == 0:
+            row = number // BATCH
+            self.in_force[row] = self._world.threshold
+            records = self._world.records
+            self.certified[row] = [1.0 if it.certified is None else it.certified for it in records]
+
+    def record(self, number: int, history: int, record: ThresholdRecord) -> None:
+        """Before each publication."""
+        scenario, before = self._world.scenario, self._world.records[history]
+        if record.alarm and not before.alarm:
+            right = scenario.precision(number)[round(100 * record.previous)] >= TARGET
+            self.false_alarms[history] |= right
+        if record.certified is not None:
+            sound = [at for at in self._order if GRID[at] >= record.certified]
+            self.averages_wrong[history] |= (self._average[history, sound] < 0.0).any()
+            if self._oracle.is_worth(record.certified):
+                self.reached.setdefault(history, number + 1)
+        if record.epoch != before.epoch:
+            self._average[history] = 0.0
+
+
+def play(
+    scenario: Scenario, method: Method, histories: int, labels: int, seed: int = 1
+) -> tuple[Diary, list[int]]:
+    """All histories; and after how many labels the oracle has won, where it has."""
+    world = Histories(scenario, method, histories, seed)
+    diary, oracle = Diary(world, labels), Oracle(scenario, histories)
+    for number in range(labels):
+        shown = world.shown()
+        oracle.see(shown)
+        for history in world.label(shown):
+            record = propose(world.tally(history), world.policy, world.records[history], number + 1)
+            if record is not None:
+                diary.record(number, history, record)
+                world.publish(history, record)
+        diary.label(number)
+    return diary, oracle.won
 
 
 class Oracle:
     """Bets on the one threshold worth having, with the stake that is best for the truth there."""
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, histories: int = 0) -> None:
         precision = scenario.errors + (1.0 - 2.0 * scenario.errors) * scenario.precision(0)
         worth = [at for at in walk(LearnPolicy(), CLAIM.harm) if precision[at] >= TARGET + WORTH]
         self._at = min(worth, default=None)
-        self.won: int | None = None
-        self._labels, self._wealth = 0, 0.0
-        if self._at is None:
-            return
-        right = float(precision[self._at])
-        self._stake = (right - TARGET) / (TARGET * (1.0 - TARGET))  # Kelly's
-        self._threshold = GRID[self._at]
+        self._wealth = np.zeros(histories)
+        self._labels = 0
+        self.won: list[int] = []
 
     @property
     def exists(self) -> bool:
@@ -262,11 +375,14 @@ class Oracle:
 
     def see(self, shown: Shown) -> None:
         self._labels += 1
-        if self._at is None or self.won or midpoints[shown.cell] <= self._threshold:
+        if self._at is None:
             return
-        self._wealth += math.log1p(self._stake * (shown.harmful - TARGET))
-        if self._wealth >= -math.log(DELTA):
-            self.won = self._labels
+        right = TARGET + WORTH
+        stake = (right - TARGET) / (TARGET * (1.0 - TARGET))  # Kelly's
+        before = self._wealth < -math.log(DELTA)
+        above = midpoints[shown.cells] > GRID[self._at]
+        self._wealth += np.where(above & before, np.log1p(stake * (shown.harmful - TARGET)), 0.0)
+        self.won += [self._labels] * int((before & (self._wealth >= -math.log(DELTA))).sum())
 
 
 class Figures(NamedTuple):
@@ -287,7 +403,6 @@ class Figures(NamedTuple):
     oracle: list[int]
     recovered: list[int]  # labels after a change until what is in force was right for good
     quantiles: list[list[float]]  # (3, batches) 5 %, 50 %, 95 % of what was in force
-    samples: list[list[float]]  # (some, batches) what was in force
     right: list[float]  # (2,) lowest sound candidate before and after the change
     seconds: float
 
@@ -295,49 +410,40 @@ class Figures(NamedTuple):
 def measure(scenario: Scenario, method: Method, histories: int, labels: int) -> Figures:
     """Play all histories of one scenario."""
     start = time.process_time()
+    diary, oracle = play(scenario, method, histories, labels)
     numbers = range(BATCH - 1, labels, BATCH)
     precisions = np.array([scenario.precision(number) for number in numbers])  # (batches, 101)
-    played = [Review(scenario, method, seed).run(labels) for seed in range(histories)]
-    in_force_at = np.array([history.in_force for history in played])  # (H, batches)
-    of_in_force = np.take_along_axis(precisions, np.rint(in_force_at * 100).astype(int).T, 1).T
-    learnt = in_force_at != SHIPPED
-    wrong = learnt & (of_in_force < TARGET)
+    at = np.rint(diary.in_force * 100).astype(int)  # (batches, H)
+    precision = np.take_along_axis(precisions, at, axis=1)
+    learnt = diary.in_force != SHIPPED
     quiet = np.array([number < scenario.changes for number in numbers])  # (batches,)
-    last = [int(np.flatnonzero(row)[-1]) if row.any() else -1 for row in of_in_force < TARGET]
+    wrong = (precision < TARGET) & learnt
     change = scenario.changes // BATCH
+    last = [int(np.flatnonzero(row)[-1]) if row.any() else -1 for row in (precision < TARGET).T]
     return Figures(
         scenario.name, scenario.says, method, histories, labels,
-        wrong_certificate=sum(_is_wrong(it, precisions[quiet]) for it in played),
-        wrong_in_force=int(wrong[:, quiet].any(axis=1).sum()),
-        wrong_by_far=int((wrong & (of_in_force < 0.8))[:, quiet].any(axis=1).sum()),
-        wrong_average=None if scenario.later is None else sum(it.averages_wrong for it in played),
-        false_alarms=sum(_is_false(it, scenario) for it in played),
-        moved=int(learnt[:, -1].sum()),
-        reached=[it.reached for it in played if it.reached is not None],
-        oracle=[it.oracle for it in played if it.oracle is not None],
-        recovered=[(at + 1 - change) * BATCH for at in last if change <= at + 1 < len(numbers)],
-        quantiles=np.quantile(in_force_at, [0.05, 0.5, 0.95], axis=0).round(3).tolist(),
-        samples=in_force_at[:25].tolist(),
+        wrong_certificate=int(_are_wrong(diary.certified, precisions)[quiet].any(axis=0).sum()),
+        wrong_in_force=int(wrong[quiet].any(axis=0).sum()),
+        wrong_by_far=int((wrong & (precision < 0.8))[quiet].any(axis=0).sum()),
+        wrong_average=None if scenario.later is None else int(diary.averages_wrong.sum()),
+        false_alarms=int(diary.false_alarms.sum()),
+        moved=int(learnt[-1].sum()),
+        reached=list(diary.reached.values()),
+        oracle=oracle,
+        recovered=[(it + 1 - change) * BATCH for it in last if change <= it + 1 < len(numbers)],
+        quantiles=np.quantile(diary.in_force, [0.05, 0.5, 0.95], axis=1).round(3).tolist(),
         right=[_lowest_right(scenario, 0), _lowest_right(scenario, labels)],
         seconds=round(time.process_time() - start, 1),
     )  # fmt: skip
 
 
-def _is_wrong(history: History, precisions: FloatArray) -> bool:
-    """Whether anything was ever certified, at the end of the walk or before, that is not so."""
-    candidates = [GRID[at] for at in walk(LearnPolicy(), CLAIM.harm)]
-    for last, precision in zip(history.certified, precisions, strict=False):
-        sound = [round(100 * it) for it in candidates if last is not None and it >= last]
-        if (precision[sound] < TARGET).any():
-            return True
-    return False
-
-
-def _is_false(history: History, scenario: Scenario) -> bool:
-    return any(
-        scenario.precision(number)[round(100 * threshold)] >= TARGET
-        for number, threshold in history.alarms
-    )
+def _are_wrong(certified: FloatArray, precisions: FloatArray) -> BoolArray:
+    """(batches, H) whether anything certified, at the end of the walk or before, is not so."""
+    order = list(walk(LearnPolicy(), CLAIM.harm))
+    worst = np.minimum.accumulate(precisions[:, order], axis=1)  # (batches, candidates)
+    at = np.rint((BOUNDS[1] - certified) * 100).astype(int)  # place in the walk; below 0: none
+    found = np.take_along_axis(worst, np.maximum(at, 0), axis=1)
+    return np.asarray((found < TARGET) & (at >= 0))
 
 
 def _lowest_right(scenario: Scenario, number: int) -> float:

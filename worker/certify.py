@@ -12,6 +12,7 @@ them (worlds, or a simulation's histories) is carried through.
 
 import math
 from bisect import bisect_left
+from functools import cache
 from typing import Final, Literal, NamedTuple, Self
 
 import msgspec
@@ -82,22 +83,15 @@ class Goal(NamedTuple):
         return weight * harmful * (self.level - above) / (1.0 - self.level)
 
 
-def above(counts: IntArray) -> IntArray:
-    """(..., B, 2, L) counts per bin -> counts above each of GRID."""
-    up = np.zeros_like(counts)
-    up[..., :-1, :, :] = counts[..., :0:-1, :, :].cumsum(axis=-3)[..., ::-1, :, :]
-    return up
-
-
-def stake_wealth(counts: IntArray, weights: FloatArray, goal: Goal) -> FloatArray:
-    """(..., B, K) log wealth of each stake on each of GRID meeting the goal.
+def stake_wealth(counts: IntArray, weights: FloatArray, goal: Goal, at: int) -> FloatArray:
+    """(..., K) log wealth of each stake on GRID[at] meeting the goal.
 
     counts: (..., B, 2, L). weights: (L,).
     """
-    over = above(counts)
-    wealth = over.reshape(*over.shape[:-2], -1) @ _log_factors(goal, True, weights)
+    over = counts[..., at + 1 :, :, :].sum(axis=-3)
+    wealth: FloatArray = over.reshape(*over.shape[:-2], -1) @ _log_factors(goal, True, weights)
     if goal.kind == "recall":
-        under = counts.sum(axis=-3, keepdims=True) - over
+        under = counts[..., : at + 1, :, :].sum(axis=-3)
         wealth += under.reshape(*under.shape[:-2], -1) @ _log_factors(goal, False, weights)
     return wealth
 
@@ -111,7 +105,8 @@ def _log_factors(goal: Goal, is_above: bool, weights: FloatArray) -> FloatArray:
 
 def mixed(stakes: FloatArray) -> FloatArray:
     """(..., K) log wealth of each stake -> (...) of the mixture."""
-    mixture: FloatArray = np.logaddexp.reduce(stakes, axis=-1) + _PRIOR
+    most = stakes.max(axis=-1)
+    mixture: FloatArray = most + np.log(np.exp(stakes - most[..., None]).sum(axis=-1)) + _PRIOR
     return mixture
 
 
@@ -159,19 +154,29 @@ class Tally(NamedTuple):
 
 def walk(policy: LearnPolicy, harm: str) -> tuple[int, ...]:
     """Candidates as indices of GRID, in the order in which they are tested."""
-    lowest, highest = policy.bounds.get(harm, BOUNDS)
-    inside = [at for at, threshold in enumerate(GRID) if lowest <= threshold <= highest]
-    return tuple(inside if policy.recall_floor is not None else reversed(inside))
+    up = _between(*policy.bounds.get(harm, BOUNDS))
+    return up if policy.recall_floor is not None else up[::-1]
 
 
-def certified(wealth: FloatArray, order: tuple[int, ...], delta: float, done: int = 0) -> int:
+@cache
+def _between(lowest: float, highest: float) -> tuple[int, ...]:
+    return tuple(at for at, threshold in enumerate(GRID) if lowest <= threshold <= highest)
+
+
+def certified(
+    counts: IntArray, weights: FloatArray, goal: Goal, order: tuple[int, ...], delta: float,
+    done: int = 0,
+) -> int:  # fmt: skip
     """How many candidates of the sequence are certified now.
 
-    wealth: (W, B) logs; all worlds must reach 1/delta. done: how many were certified before; what
+    counts: (W, B, 2, L); all worlds must reach 1/delta. done: how many were certified before; what
     was certified once stays so.
     """
-    enough = wealth.min(axis=0) >= -math.log(delta)  # (B,)
-    while done < len(order) and enough[order[done]]:
+    enough = -math.log(delta)
+    while done < len(order):
+        wealth = mixed(stake_wealth(counts, weights, goal, order[done]))  # (W,)
+        if wealth.min() < enough:
+            break
         done += 1
     return done
 
@@ -247,14 +252,12 @@ def _certified(
         lost = "labels were lost from the log: counting starts anew"
         return msgspec.structs.replace(_renewed(draft, tally), reason=lost)
     done = 0 if _is_new_goal(policy, current) else _walked(order, current.certified)
-    stakes = stake_wealth(tally.counts, tally.weights, goal)  # (W, B, K)
     delta = epoch_delta(policy.delta, current.epoch)
     obstacle = _obstacle(tally, policy)
     if not obstacle:
-        wealth = mixed(stakes)
-        judges = wealth if policy.max_reviewer_share < 1.0 else wealth[:1]
-        done = certified(judges, order, delta, done)
-    missing, why = _missing(tally, stakes, goal, order[done:], delta)
+        judges = tally.counts if policy.max_reviewer_share < 1.0 else tally.counts[:1]
+        done = certified(judges, tally.weights, goal, order, delta, done)
+    missing, why = _missing(tally, goal, order[done:], delta)
     reason = obstacle or why
     draft = msgspec.structs.replace(
         draft, certified=_last(order, done), labels_needed=missing, reason=reason
@@ -335,20 +338,21 @@ def estimated(
 
 
 def _missing(
-    tally: Tally, stakes: FloatArray, goal: Goal, rest: tuple[int, ...], delta: float
+    tally: Tally, goal: Goal, rest: tuple[int, ...], delta: float
 ) -> tuple[int | None, str]:
     """Labels above the next candidate that it still needs at the present rate, and in words."""
     if not rest:
         return None, "every candidate is certified"
     at = rest[0]
-    counted = tally.counts[:, at + 1 :].sum(axis=(1, 2, 3))  # (W,)
-    worst = int(mixed(stakes[:, at]).argmin())
-    needed = _labels_needed(stakes[worst, at], int(counted[worst]), goal, delta)
+    stakes = stake_wealth(tally.counts, tally.weights, goal, at)  # (W, K)
+    worst = int(mixed(stakes).argmin())
+    had, counted = (int(tally.counts[world, at + 1 :].sum()) for world in (0, worst))
+    needed = _labels_needed(stakes[worst], counted, goal, delta)
     if needed is None:
         estimate = estimated(tally.counts[0], tally.weights, goal.kind, at) or 0.0
         why = f"{goal.kind} at {GRID[at]:.2f} is {estimate:.3f} so far: more labels like these"
         return None, f"{why} will not certify {goal.level:g}"
-    others = " of other reviewers" if counted[0] and not counted[worst] else ""
+    others = " of other reviewers" if had and not counted else ""
     return needed, f"about {needed} more labels{others} above {GRID[at]:.2f} are needed there"
 
 

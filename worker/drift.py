@@ -8,6 +8,7 @@ the goal is lost after decision n, only log(n (n+1)) is lost with it.
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from worker.certify import STAKES, FloatArray
 
@@ -17,18 +18,17 @@ def begin(worlds: int) -> FloatArray:
     return np.zeros((worlds, len(STAKES)))
 
 
-def advance(wealth: FloatArray, number: int, loss: float) -> FloatArray:
+def advance(wealth: FloatArray, number: int | FloatArray, loss: float | FloatArray) -> FloatArray:
     """(..., K) wealth after one more decision.
 
     number: this decision's, from 1 on. loss: what a stake of 1 wins by it if the goal is missed,
-    at least -1.
+    at least -1. Both may be arrays that broadcast with `wealth`.
     """
     prior = 1.0 / (number * (number + 1))
     after: FloatArray = (wealth + prior) * (1.0 + STAKES * loss)
     return after
 
 
-def rings(wealth: FloatArray, delta: float) -> bool:
-    """Whether the mixture of stakes has reached 1/delta in all worlds. wealth: (W, K)."""
-    enough = len(STAKES) / delta
-    return bool(wealth[0].sum() >= enough and (wealth.sum(axis=-1) >= enough).all())
+def rings(wealth: FloatArray, delta: float) -> NDArray[np.bool_]:
+    """(...) whether the mixture of stakes is at 1/delta in all worlds. wealth: (..., W, K)."""
+    return np.asarray(wealth.sum(axis=-1).min(axis=-1) >= len(STAKES) / delta)

@@ -469,7 +469,7 @@ class _Counts:
                     after[row] = drift.advance(before[row], self._watched, loss)
         self._wealth = after
         judges = after if self.policy.max_reviewer_share < 1.0 else after[:1]
-        self._rang = drift.rings(judges, self.policy.delta)
+        self._rang = bool(drift.rings(judges, self.policy.delta))
 
     def is_due(self) -> bool:
         """Whether it is time for a test: an alarm, or so many decisions after the last one."""
