@@ -5,7 +5,7 @@ DATA ?=
 LOCK := $(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-annotate \
 	--custom-compile-command "make lock" pyproject.toml
 
-.PHONY: help setup demo test check unit broker bench test-train train lock clean
+.PHONY: help setup demo test check unit broker bench test-train train evaluate lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,10 @@ train: .venv-train/.done ## detectors from data to models/: make train DATA=fold
 	$(TRAIN) --rows 25000 --no-own --out runs/first
 	$(TRAIN) --rows 9000 --seed 23 --learning-rate 8e-5 --start-from runs/first/model.pt --teacher runs/teacher --out runs/student
 	.venv-train/bin/python -m export --checkpoint runs/student --data $(DATA) --out models
+
+evaluate: .venv-train/.done ## every figure of what is in models/: make evaluate DATA=folder
+	@test -n "$(DATA)" || { echo "say where the data is: make evaluate DATA=folder"; exit 2; }
+	.venv-train/bin/python -m training.evaluate --data $(DATA) --out docs/evaluation
 
 lock: setup ## pin the newest versions that pyproject.toml allows
 	$(BIN)/pip install -q uv

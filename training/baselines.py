@@ -107,7 +107,7 @@ def _keras_as_tensorflow() -> Iterator[None]:
     try:
         keras = {name: import_module(f"keras{name}") for name in _ALIASES}
     except ImportError as error:
-        raise BaselineMissing(_INSTALL) from error
+        raise BaselineMissing(f"to have them: {_INSTALL}") from error
     aliases = {f"tensorflow.keras{name}": module for name, module in keras.items()}
     with patch.dict(sys.modules, {"tensorflow": ModuleType("tensorflow"), **aliases}):
         yield
@@ -117,7 +117,7 @@ def _digest(package: str) -> str:
     try:
         return f"{package}-{version(package)}".encode().hex()
     except PackageNotFoundError as error:
-        raise BaselineMissing(_INSTALL) from error
+        raise BaselineMissing(f"to have them: {_INSTALL}") from error
 
 
 def _columns(known: Mapping[str, FloatArray], count: int) -> FloatArray:

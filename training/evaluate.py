@@ -1,6 +1,6 @@
 """How good the classifiers are, in one command that prints it all:
 
-    python -m training.evaluate --data ../shared/data --models models/toxicity --out docs/evaluation
+    python -m training.evaluate --data ../shared/data --out docs/evaluation
 
 Each row is judged as `tidegate moderate --scores-only` judges it: segment by segment, each with
 what stands before it, the highest score of each harm up to the first block. Beside the models: the
@@ -22,7 +22,7 @@ from rich.console import Console
 from detectors.harms import COLUMNS
 from detectors.protocol import FloatArray
 from training import plots, report, sets, tables
-from training.scores import Judged
+from training.scores import Judged, run_of
 from training.sets import Sets
 from training.systems import FLOOR, Compare, System, main_of
 from training.tables import Table
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.out:
         write(arguments.out, found)
         plots.harms(arguments.out, drawn(systems, chosen))
+        draw_loss(arguments.models, arguments.runs, arguments.out)
         print(f"written: {arguments.out}")
 
 
@@ -63,7 +64,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models", type=Path, nargs="+", action="extend", metavar="FOLDER",
         help="model folders; the first toxicity and the first context among them are also judged "
-        "together (default: models/toxicity)",
+        "together, in this order (default: those in models/)",
     )  # fmt: skip
     parser.add_argument("--sample", type=int, default=_SAMPLE, help=f"rows a source ({_SAMPLE})")
     parser.add_argument("--out", type=Path, help="folder for Markdown, JSON and plots")
@@ -73,8 +74,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--only-models", action="store_true", help="a quick look: no fp32, floor or baselines"
     )
     arguments = parser.parse_args(argv)
-    arguments.models = arguments.models or [_HERE / "models" / "toxicity"]
+    arguments.models = arguments.models or _shipped()
     return arguments
+
+
+def _shipped() -> list[Path]:
+    """The model folders that are here, in the order that the worker's settings would name them."""
+    folders = (_HERE / "models" / name for name in ("toxicity", "context"))
+    return [folder for folder in folders if (folder / "manifest.json").exists()]
 
 
 def write(folder: Path, found: Sequence[Table]) -> None:
@@ -84,6 +91,14 @@ def write(folder: Path, found: Sequence[Table]) -> None:
     (folder / "README.md").write_text(f"{_TOP}\n\n{_PLOTS}\n\n{text}\n", encoding="utf-8")
     figures = {table.title: tables.plain(table) for table in found}
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def draw_loss(models: Sequence[Path], runs: Path, folder: Path) -> None:
+    """loss_NAME.png of each model whose run is still there, with its curve."""
+    for model in models:
+        run = run_of(model, runs)
+        if run is not None and (run / plots.CURVE).exists():
+            plots.loss(run / plots.CURVE, folder / f"loss_{model.name}.png")
 
 
 def drawn(systems: Sequence[System], chosen: Sets) -> list[plots.Drawn]:
@@ -111,8 +126,7 @@ def _limits(judged: Judged) -> dict[str, float]:
 
 _TOP: Final = """# Evaluation
 
-Made by `python -m training.evaluate --data DATA --models models/toxicity --out docs/evaluation`;
-`--help` says how. Rows are judged as `tidegate moderate --scores-only` judges them."""
+Made by `make evaluate DATA=folder`; `python -m training.evaluate --help` says how. Rows are judged as `tidegate moderate --scores-only` judges them."""
 
 _PLOTS: Final = """![Precision and recall per harm](precision_recall.png)
 

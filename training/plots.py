@@ -69,14 +69,20 @@ def harms(folder: Path, drawn: Sequence[Drawn]) -> None:
     """precision_recall.png, reliability.png and scores.png: a small plot a harm."""
     first = drawn[0].system
     ours = [one for one in drawn if one.system == first]
-    _page(folder / "precision_recall.png", "Precision over recall", drawn, _precision_recall)
-    _page(folder / "reliability.png", f"Reliability: {first}", ours, _reliability)
+    _page(
+        folder / "precision_recall.png", "Precision over recall", drawn, _precision_recall,
+        "Dots: the thresholds that ship.\nAbove each plot: harmful of all texts, by part.",
+    )  # fmt: skip
+    _page(
+        folder / "reliability.png", f"Reliability: {first}", ours, _reliability,
+        f"Dots grow with the texts in a bin;\nbins of fewer than {_FEW} are not joined.",
+    )  # fmt: skip
     _page(folder / "scores.png", f"Scores, both parts: {first}", ours, _histogram)
 
 
 def _page(
     target: Path, title: str, drawn: Sequence[Drawn],
-    draw: Callable[[Any, str, Sequence[Drawn]], None],
+    draw: Callable[[Any, str, Sequence[Drawn]], None], note: str = "",
 ) -> None:  # fmt: skip
     """Seven small plots, the legend in the eighth place."""
     pyplot = _pyplot()
@@ -84,13 +90,13 @@ def _page(
     places = grid.flatten()
     for axes, column in zip(places, COLUMNS, strict=False):
         draw(axes, column, drawn)
-        axes.set_title(column.replace("_", " "), fontsize=11)
         _plain(axes)
     handles, labels = max(
         (axes.get_legend_handles_labels() for axes in places), key=lambda it: len(it[0])
     )
     places[-1].axis("off")
     places[-1].legend(handles, labels, loc="center left", frameon=False, fontsize=10)
+    places[-1].text(0.05, 0.12, note, fontsize=9, color="#4b5563", transform=places[-1].transAxes)
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     figure.savefig(target, dpi=_DPI)
     pyplot.close(figure)
@@ -103,13 +109,21 @@ def _precision_recall(axes: Any, column: str, drawn: Sequence[Drawn]) -> None:
         label = f"{one.system}, {_SAYS[one.part]}"
         style = {"color": _COLOURS[systems.index(one.system)], "linestyle": _STYLES[one.part]}
         if targets.sum() < _FEW or np.isnan(scores).any():
-            axes.plot([], [], label=label, **style)
+            axes.plot([], [], label=label, **style)  # for the legend
             continue
         recall, precision = metrics.precision_recall(targets, scores)
         axes.step([0, *recall], [precision[0], *precision], where="post", label=label, **style)
         if one.system == systems[0]:
             _mark(axes, targets, scores, one.limits[column], style["color"])
+    axes.set_title(_counted(column, drawn), fontsize=10.5)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+
+
+def _counted(column: str, drawn: Sequence[Drawn]) -> str:
+    """The harm, and how many texts of each part have it."""
+    parts = {one.part: one.points[column][0] for one in drawn}
+    counts = "; ".join(f"{int(t.sum())} of {len(t)}" for t in parts.values())
+    return f"{column.replace('_', ' ')}: {counts}"
 
 
 def _mark(axes: Any, targets: FloatArray, scores: FloatArray, limit: float, colour: str) -> None:
@@ -122,30 +136,35 @@ def _mark(axes: Any, targets: FloatArray, scores: FloatArray, limit: float, colo
 
 def _reliability(axes: Any, column: str, drawn: Sequence[Drawn]) -> None:
     axes.plot([0, 1], [0, 1], color="#c3c8cf", linewidth=1, label="as predicted")
-    for one, colour in zip(drawn, _COLOURS, strict=False):
+    for number, (one, colour) in enumerate(zip(drawn, _COLOURS, strict=False)):
         targets, scores = one.points[column]
+        if not len(targets):
+            continue
         bins = metrics.reliability(targets, scores)
-        full = bins.counts > 0
-        error = float(metrics.calibration_error(targets, scores)) if len(targets) else float("nan")
-        style = {"color": colour, "linestyle": _STYLES[one.part]}
-        axes.plot(bins.predicted[full], bins.observed[full], label=_SAYS[one.part], **style)
-        sizes = 6 + 90 * np.sqrt(bins.counts[full] / max(1.0, bins.counts.sum()))
-        axes.scatter(bins.predicted[full], bins.observed[full], s=sizes, color=colour, alpha=0.8)
-        place = 0.92 if one.part == "report" else 0.84
+        sizes = 8 + 130 * bins.counts / bins.counts.max()
+        axes.scatter(bins.predicted, bins.observed, sizes, color=colour, alpha=0.85, linewidths=0)
+        line = np.where(bins.counts >= _FEW, bins.observed, np.nan)
+        axes.plot(bins.predicted, line, _STYLES[one.part], color=colour, label=_SAYS[one.part])
+        error = float(metrics.calibration_error(targets, scores))
         axes.text(
-            0.03, place, f"ECE {error:.3f}", color=colour, transform=axes.transAxes, fontsize=9
-        )
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted", ylabel="share harmful")
+            0.03, 0.92 - 0.08 * number, f"ECE {error:.3f}", color=colour, fontsize=9,
+            transform=axes.transAxes, bbox={"color": "white", "alpha": 0.8, "pad": 1},
+        )  # fmt: skip
+    axes.set_title(_counted(column, drawn), fontsize=10.5)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="predicted", ylabel="share harmful")
 
 
 def _histogram(axes: Any, column: str, drawn: Sequence[Drawn]) -> None:
     targets = np.concatenate([one.points[column][0] for one in drawn])
     scores = np.concatenate([one.points[column][1] for one in drawn])
     edges = np.linspace(0, 1, 26)
-    for wanted, colour, label in ((0, _HARMLESS, "harmless"), (1, _HARMFUL, "harmful")):
-        axes.hist(scores[targets == wanted], edges, color=colour, alpha=0.65, label=label)
+    sides = [scores[targets == wanted] for wanted in (0, 1)]
+    axes.hist(sides, edges, color=(_HARMLESS, _HARMFUL), label=("harmless", "harmful"))
     axes.axvline(drawn[0].limits[column], color=_LIMIT, linestyle=":", label="threshold")
-    axes.set_yscale("symlog", linthresh=10)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1,000"])
+    axes.set_ylim(0, 3000)
+    axes.set_title(f"{column.replace('_', ' ')}", fontsize=10.5)
     axes.set(xlim=(0, 1), xlabel="score", ylabel="texts")
 
 

@@ -109,11 +109,18 @@ def fp32_twin(folder: Path, runs: Path) -> Path | None:
 def _fp32_graph(folder: Path, manifest: Manifest, runs: Path) -> Path | None:
     if "fp32" in manifest.graphs:
         return folder / manifest.graphs["fp32"]
-    digest = manifest.files[manifest.model]
-    for int8 in sorted(runs.glob(f"*/onnx/{manifest.model}")):
-        graph = int8.parent / _FP32
-        if graph.exists() and sha256(int8.read_bytes()).hexdigest() == digest:
-            return graph
+    run = run_of(folder, runs)
+    graph = run / "onnx" / _FP32 if run else None
+    return graph if graph and graph.exists() else None
+
+
+def run_of(folder: Path, runs: Path) -> Path | None:
+    """The run that the model was exported from: its int8 graph is the folder's, by digest."""
+    manifest = Folder(folder).manifest
+    wanted = manifest.files[manifest.model]
+    for graph in sorted(runs.glob(f"*/onnx/{manifest.model}")):
+        if sha256(graph.read_bytes()).hexdigest() == wanted:
+            return graph.parent.parent
     return None
 
 
