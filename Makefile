@@ -46,7 +46,10 @@ bench: setup ## the benchmarks, peers beside ours
 	.venv-train/bin/pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements/bases.txt
 	@touch $@
 
-test-TRAIN := .venv-train/bin/python -m training.classifier --data $(DATA)
+test-train: .venv-train/.done ## the tests that need torch: export and its parity, in .venv-train
+	.venv-train/bin/python -m pytest -m train tests/models
+
+TRAIN := .venv-train/bin/python -m training.classifier --data $(DATA)
 
 train: .venv-train/.done ## detectors from data to models/: make train DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=folder"; exit 2; }

@@ -1,8 +1,9 @@
 """Last layers that work for the first token alone, by architecture.
 
 A classifier reads the last layer's first state and nothing else, so the queries, the attention and
-the feed-forward of that layer run for one position: 1.2x to 1.9x on CPU at fp32, same numbers. The
-replaced layer gives (B, 1, H), which every classification head takes, for it reads [:, 0].
+the feed-forward of that layer run for one position: 1.10x to 1.14x on CPU (MiniLM, fp32, 32 to 256
+tokens), same numbers. The replaced layer gives (B, 1, H), which every classification head takes,
+for it reads [:, 0].
 
 DeBERTa stays whole: its attention mixes the positions of queries and keys in both directions.
 """
