@@ -126,7 +126,8 @@ def _limits(judged: Judged) -> dict[str, float]:
 
 _TOP: Final = """# Evaluation
 
-Made by `make evaluate DATA=folder`; `python -m training.evaluate --help` says how. Rows are judged as `tidegate moderate --scores-only` judges them."""
+Made by `make evaluate DATA=folder`; `python -m training.evaluate --help` says how. Rows are
+judged as `tidegate moderate --scores-only` judges them."""
 
 _PLOTS: Final = """![Precision and recall per harm](precision_recall.png)
 
