@@ -195,7 +195,6 @@ class Histories:
         self._watched = np.zeros(histories, int)
         self.rang = np.zeros(histories, bool)
         self._told = np.zeros(histories, bool)
-        self._untested = np.zeros(histories, int)
         self.since = np.zeros((histories, 3))  # blocked: decisions, weight, harmful weight
         self.settled_ms = 0
 
@@ -248,9 +247,8 @@ class Histories:
         ):
             self.recent[history].append((it[0], it[1], it[2]))
         self._watch(shown, weights)
-        self._untested += 1
-        due = (self._untested >= BATCH) | (self.rang & ~self._told)
-        self._told[due], self._untested[due] = self.rang[due], 0
+        due = (self.labels % BATCH == 0) | (self.rang & ~self._told)
+        self._told[due] = self.rang[due]
         return np.flatnonzero(due).tolist()
 
     def _watch(self, shown: Shown, weights: FloatArray) -> None:

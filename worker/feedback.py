@@ -320,14 +320,13 @@ class _Counts:
         self._rows: dict[str, int] = {}  # reviewer -> row
         self._weights = [1.0]  # a column of counts each
         self._columns = {1.0: 0}
-        self._seen = 0
-        self._tested = 0
         self._settled_ms = _NOWHERE
         self._begin_epoch()
         self._begin_watch()
 
     def _begin_epoch(self) -> None:
         self._labels = 0
+        self._due = False
         self._too_rare = self._too_rare_below = 0
         self._rows.clear()
         self._took_part = [0]  # (rows,) decisions; row 0 is not used
@@ -396,8 +395,8 @@ class _Counts:
         self._settled_ms = max(self._settled_ms, at_ms)
         if at_ms <= self._epoch[1]:
             return
-        self._seen += 1
         self._labels += 1
+        self._due |= self._labels % self.policy.test_every == 0
         whole, others = self._outcomes(vote.says)
         at, column = bin_of(vote.score), vote.weight
         self._recent.append((at, int(whole), column))
@@ -472,12 +471,10 @@ class _Counts:
         self._rang = bool(drift.rings(judges, self.policy.delta))
 
     def is_due(self) -> bool:
-        """Whether it is time for a test: an alarm, or so many decisions after the last one."""
-        news = self._rang and not self._told
-        if not news and self._seen - self._tested < self.policy.test_every:
-            return False
-        self._tested, self._told = self._seen, self._rang
-        return True
+        """Whether it is time for a test: an alarm, or so many decisions of this epoch again."""
+        due = self._due or (self._rang and not self._told)
+        self._due, self._told = False, self._rang
+        return due
 
     # -- complaints ---------------------------------------------------------------------------
 
