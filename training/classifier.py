@@ -141,7 +141,7 @@ def _soft(run: Path, found: Sequence[Sample], settings: Settings) -> npt.NDArray
     if settings.teacher:
         asked = [i for i, sample in enumerate(found) if not sample.source.startswith("own_")]
         passages = [found[i].passage for i in asked]
-        soft[asked] = soft_targets(Path(settings.teacher), passages, run / "teacher.npy")
+        soft[asked] = soft_targets(Path(settings.teacher), passages, run / "teacher.npz")
     return soft
 
 

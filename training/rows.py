@@ -27,6 +27,7 @@ class Row(NamedTuple):
     weights: tuple[float, ...]
     group: str
     dev: bool
+    turns_at: int = 0  # characters before the part that the label is of
 
 
 class Parts(NamedTuple):
@@ -95,6 +96,7 @@ def row_of(record: dict[str, Any]) -> Row:
         weights=tuple(weights[column] for column in COLUMNS),
         group=record["group"],
         dev=record["split"] == "dev",
+        turns_at=record.get("turns_at", 0),
     )
 
 

@@ -14,6 +14,7 @@ from training.rows import Row
 _LONGEST: Final = DEFAULT_LIMITS.max_chars
 _BEFORE: Final = DEFAULT_LIMITS.max_chars  # at most, of the text before that the worker gives
 _HARM_SHOWS: Final = 300  # a harmful reply's opening, "Sure, here is", is not harm yet
+_TURN_SHOWS: Final = 60  # characters of it, of what is harmful from a known place on
 _MOST_WINDOWS: Final = 2  # of one row, in training
 _UNKNOWN: Final = (0.0,) * len(COLUMNS)  # weights of a passage without labels
 _ALONE_SHARE: Final = 0.3  # of the samples, once more without context
@@ -100,8 +101,17 @@ def _scarce(row: Row) -> bool:
 
 def _harmful_windows(row: Row) -> list[Passage]:
     """Windows that hold enough of a harmful text to be harmful themselves."""
-    windows = [p for p in judged(row) if len(p.before) + len(p.text) >= _HARM_SHOWS]
-    return windows or [Passage(row.text, "", row.conversation)]
+    windows, end = [], 0
+    for passage in judged(row):
+        end += len(passage.text)
+        shown = min(end - row.turns_at, len(passage.text))  # of what is harmful, in the segment
+        if row.turns_at:
+            enough = shown >= _TURN_SHOWS
+        else:
+            enough = shown + len(passage.before) >= _HARM_SHOWS
+        if enough:
+            windows.append(passage)
+    return windows or [judged(row)[-1] if row.turns_at else Passage(row.text, "", row.conversation)]
 
 
 def _turned(rows: list[Row], chance: random.Random) -> Iterator[Sample]:
