@@ -5,7 +5,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine
+import time
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,10 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Moderate what language models say while they say it.",
 )  # fmt: skip
+thresholds_app = typer.Typer(
+    no_args_is_help=True, help="See learnt thresholds, and have the last word on them."
+)
+app.add_typer(thresholds_app, name="thresholds")
 _err = Console(stderr=True, highlight=False)
 
 Config = Annotated[
@@ -115,23 +120,177 @@ def learn(config: Config = None) -> None:
 async def _learn(settings: Settings) -> None:
     from prometheus_client import start_http_server
 
-    from detectors.load import load_combination, load_detectors
     from worker import watchdog
-    from worker.detect import model_id
     from worker.learn import Learner
-    from worker.thresholds import shipped_thresholds
 
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, addr="127.0.0.1")
-    detectors = load_detectors(settings.detectors, settings.models)
-    combination = load_combination(settings.models, detectors)
-    shipped = shipped_thresholds(detectors, combination)
-    learner = Learner(settings, shipped, model_id(detectors, combination))
+    learner = Learner(settings, *_shipped(settings))
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, learner.stop)
     watchdog.start(lambda: learner.beat, settings.watchdog_ms)
     await learner.run()
+
+
+def _shipped(settings: Settings) -> tuple[dict[str, float], str]:
+    """The detectors' own thresholds, and how decisions name them."""
+    from detectors.load import load_combination, load_detectors
+    from worker.detect import model_id
+    from worker.thresholds import shipped_thresholds
+
+    detectors = load_detectors(settings.detectors, settings.models)
+    combination = load_combination(settings.models, detectors)
+    return shipped_thresholds(detectors, combination), model_id(detectors, combination)
+
+
+Tenant = Annotated[str, typer.Argument(help="The tenant, as in its deltas.")]
+Harm = Annotated[str, typer.Argument(help="A harm type, or `other`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON Lines, every field.")]
+OfTenant = Annotated[str | None, typer.Option("--tenant", help="This one's alone.")]
+
+
+@thresholds_app.command("list")
+def list_thresholds(
+    tenant: OfTenant = None, as_json: AsJson = False, config: Config = None
+) -> None:
+    """What is in force, and what is proposed. What is not here is as the model ships it."""
+    from worker.follow import reaching
+    from worker.operate import read_latest
+
+    settings = _quiet(config)
+
+    async def show() -> None:
+        with reaching(settings):
+            latest = await read_latest(settings)
+        _show([latest[key] for key in sorted(latest)], tenant, as_json, "Thresholds")
+
+    run_loop(show())
+
+
+@thresholds_app.command()
+def history(tenant: OfTenant = None, as_json: AsJson = False, config: Config = None) -> None:
+    """Every threshold that was published, oldest first."""
+    from worker.follow import reaching
+    from worker.operate import read_history
+
+    settings = _quiet(config)
+
+    async def show() -> None:
+        with reaching(settings):
+            records = await read_history(settings)
+        _show(records, tenant, as_json, "History")
+
+    run_loop(show())
+
+
+@thresholds_app.command()
+def approve(tenant: Tenant, harm: Harm, config: Config = None) -> None:
+    """Put the proposed threshold in force."""
+    from worker.operate import approve as word
+
+    _say(_quiet(config), tenant, harm, word)
+
+
+@thresholds_app.command()
+def reject(tenant: Tenant, harm: Harm, config: Config = None) -> None:
+    """Keep what is in force; the same threshold is not proposed again."""
+    from worker.operate import reject as word
+
+    _say(_quiet(config), tenant, harm, word)
+
+
+@thresholds_app.command("set")
+def set_threshold(
+    tenant: Tenant,
+    harm: Harm,
+    value: Annotated[str, typer.Argument(help="0..1; or `learn`: leave it to the labels again.")],
+    config: Config = None,
+) -> None:
+    """Fix a threshold, whatever labels say, or hand it back to them."""
+    from worker.operate import fix, hand_back
+
+    try:
+        word = hand_back if value == "learn" else fix(float(value))
+    except ValueError:
+        raise Stop(f"threshold {value!r}: a number in 0..1, or `learn`") from None
+    _say(_quiet(config), tenant, harm, word)
+
+
+def _quiet(config: Path | None) -> Settings:
+    settings = settings_module.load(config)
+    configure_logs("WARNING")
+    return settings
+
+
+def _say(settings: Settings, tenant: str, harm: str, word: Any) -> None:
+    from worker.certify import in_force
+    from worker.follow import reaching
+    from worker.operate import say
+
+    async def run() -> None:
+        with reaching(settings):
+            said = await say(settings, tenant, harm, word, lambda: _shipped(settings)[0])
+        _err.print(f"{tenant}/{harm}: {in_force(said):g} is in force, version {said.version}")
+
+    run_loop(run())
+
+
+def _show(records: Sequence[Any], tenant: str | None, as_json: bool, title: str) -> None:
+    import msgspec
+
+    from worker.operate import table
+
+    chosen = [record for record in records if tenant in {None, record.tenant}]
+    if as_json:
+        for record in chosen:
+            sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
+        return
+    Console().print(table(chosen, title))
+
+
+@app.command()
+def backtest(
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(help="HARM=0.6; again for more. Default: what is proposed."),
+    ] = None,
+    tenant: OfTenant = None,
+    decisions: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON Lines. Default: Kafka.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON Lines. Default: Kafka.")
+    ] = None,
+    hours: Annotated[float, typer.Option(min=0.0, help="How far back, in Kafka.")] = 24.0,
+    model: Annotated[str | None, typer.Option(help="Its decisions alone. Default: ours.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Precision against threshold, a PNG.")
+    ] = None,
+    as_json: AsJson = False,
+    config: Config = None,
+) -> None:
+    """What other thresholds would have decided: blocks gained and lost, precision, recall."""
+    from worker import backtest as backtests
+    from worker.follow import reaching
+
+    settings = _quiet(config)
+    since_ms = time.time_ns() // 1_000_000 - round(hours * 3_600_000)
+    sources = backtests.Sources(decisions, labels, since_ms)
+
+    async def run() -> None:
+        with reaching(settings):
+            found, other = await backtests.run(
+                settings, *_shipped(settings), threshold or (), sources, tenant, model
+            )
+        for line in backtests.as_json(found) if as_json else ():
+            sys.stdout.write(line.decode() + "\n")
+        if not as_json:
+            Console().print(backtests.table(found))
+        if plot is not None:
+            backtests.plot(found, other, plot)
+
+    run_loop(run())
 
 
 @app.command()

@@ -4,7 +4,8 @@ A worker follows moderation.thresholds; the learner follows what it joins and wh
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import structlog
@@ -22,6 +23,15 @@ _RETRY_S = 0.2
 _MOST_RECORDS = 4_000  # at once
 _FETCH_BYTES = 4 << 20  # of a partition
 _MAX_FAILURES = 50  # in a row, that waiting will not mend
+
+
+@contextmanager
+def reaching(settings: Settings) -> Iterator[None]:
+    """Brokers that do not answer, or refuse, end the command and say which."""
+    try:
+        yield
+    except KafkaError as error:
+        raise Stop(f"no broker at {settings.bootstrap_servers} serves us: {error!r}") from error
 
 
 class Follower:
@@ -87,6 +97,12 @@ class Follower:
         self._at.update(offsets)
         for partition, offset in offsets.items():
             self._consumer.seek(partition, offset)
+
+    async def seek_to_time(self, at_ms: int) -> None:
+        """Go on with the first records whose timestamp is not before that."""
+        ends = await self.ends()
+        found = await self._consumer.offsets_for_times(dict.fromkeys(self.partitions, at_ms))
+        self.seek({it: hit.offset if hit else ends[it] for it, hit in found.items()})
 
     async def positions(self) -> dict[TopicPartition, int]:
         """The next offset of each; every record below was handed out, or is none."""

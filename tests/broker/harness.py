@@ -180,19 +180,31 @@ class Bed:
 
     def start_worker(self, command: str = "run", **settings: Any) -> WorkerProcess:
         """Start one more; these settings replace the bed's own."""
+        log = self.folder / f"worker-{len(self.workers)}.log"
+        worker = WorkerProcess(self._environment(settings), log, command)
+        self.workers.append(worker)
+        return worker
+
+    def command(self, *arguments: str, code: int = 0) -> str:
+        """Run `tidegate ...` to its end; what it prints. It must exit with `code`."""
+        ended = subprocess.run(
+            [sys.executable, "-m", "worker.cli", *arguments], env=self._environment({}),
+            cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert ended.returncode == code, ended.stdout
+        return ended.stdout
+
+    def _environment(self, settings: Mapping[str, Any]) -> dict[str, str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TIDEGATE_")}
         environment |= {
             f"TIDEGATE_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
-            for name, value in (self._values | settings).items()
+            for name, value in (self._values | dict(settings)).items()
         }
-        environment |= {
+        return environment | {
             "PYTHONPATH": str(HERE),
             "TIDEGATE_TEST_SCORE_MS": str(self._score_ms),
         }
-        log = self.folder / f"worker-{len(self.workers)}.log"
-        worker = WorkerProcess(environment, log, command)
-        self.workers.append(worker)
-        return worker
 
     async def produce(
         self, records: Iterable[Input], per_second: float = 0.0, topic: str | None = None

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from tests.broker.harness import Bed, Input, Tail, delta, until
+from tests.broker.harness import Bed, Input, Tail, delta, eventually, until
 from worker.events import ThresholdRecord
+from worker.ledger import Entry, Heard
 from worker.settings import LearnPolicy, ReviewPolicy, TenantPolicy
 
 REVIEWERS = ("ann", "bob", "cem", "dora")
@@ -69,6 +70,18 @@ def thresholds_of(records: Iterable[Any]) -> list[ThresholdRecord]:
     return [msgspec.json.decode(record.value, type=ThresholdRecord) for record in records]
 
 
+async def heard(it: Bed) -> list[Heard]:
+    """The labels that count, in the order in which they were taken."""
+    found = [
+        msgspec.json.decode(r.value, type=Entry) for r in await it.read(it.settings.evidence_topic)
+    ]
+    return [entry for entry in found if isinstance(entry, Heard)]
+
+
+async def has_heard(it: Bed, count: int) -> bool:
+    return len(await heard(it)) >= count
+
+
 async def test_feedback_moves_a_live_workers_threshold(
     kafka: str, unique: str, tmp_path: Path
 ) -> None:
@@ -115,3 +128,55 @@ async def test_feedback_moves_a_live_workers_threshold(
         assert learnt.model == made["after"]["model"]
         letters = await it.read(names.dead_letters_topic)
         assert not letters
+
+
+async def test_a_proposal_waits_for_an_operator(kafka: str, unique: str, tmp_path: Path) -> None:
+    """With `approval` nothing moves by itself; approved, it does, while a learner leads; a fixed
+    threshold stays; history tells it all, in order."""
+    rng = random.Random(2)
+    async with bed(kafka, unique, tmp_path, tenants=tenants(approval=True)) as it:
+        names = it.settings
+        async with (
+            Tail(kafka, names.review_topic) as reviews,
+            Tail(kafka, names.thresholds_topic) as thresholds,
+        ):
+            worker, learner = it.start_worker(), it.start_learner()
+            await it.produce(spread(rng, 250))
+            await reviews.has_records(250)
+            await learner.has_led()
+            labels = review_all(reviews.records, rng)
+            await it.produce(map(as_input, labels), topic=names.feedback_topic)
+            await until(
+                lambda: any(t.status == "proposed" for t in thresholds_of(thresholds.records)),
+                60.0, "a threshold is proposed",
+            )  # fmt: skip
+            proposed = thresholds_of(thresholds.records)[-1]
+            assert proposed.threshold < proposed.previous == 0.7
+            assert "0.70" in it.command("thresholds", "list")
+            refused = it.command("thresholds", "approve", "default", "privacy_violation", code=1)
+            assert "nothing is proposed" in refused
+            it.command("thresholds", "approve", "default", "violence")
+            it.command("thresholds", "set", "default", "hate_speech", "0.42")
+            await until(
+                lambda: len(worker.events("threshold.applied")) >= len(thresholds.records), 10.0,
+                "the worker applies them",
+            )  # fmt: skip
+            await it.produce([said("after", 0.6)])
+            await reviews.has_records(251)
+            last = review_all(reviews.records, rng)[-1:]
+            await it.produce(map(as_input, last), topic=names.feedback_topic)
+            await learner.has_led(2)  # it was fenced, and has found the operator's words
+            await eventually(lambda: has_heard(it, 251), 30.0, "the last label is taken")
+        found = [json.loads(line) for line in it.command(
+            "thresholds", "history", "--json").splitlines() if line.startswith("{")]  # fmt: skip
+        published = [json.loads(record.value) for record in thresholds.records]
+        assert found == published
+        assert [t["version"] for t in found] == list(range(1, len(found) + 1))
+        assert [(t["harm"], t["status"], t["threshold"]) for t in found[-2:]] == [
+            ("violence", "applied", proposed.threshold), ("hate_speech", "applied", 0.42)
+        ]  # fmt: skip
+        (after,) = [r for r in map(json.loads, (r.value for r in reviews.records))
+                    if r["stream_id"] == "after"]  # fmt: skip
+        assert (after["verdict"], after["thresholds_version"]) == ("block", len(found))
+        assert len(labelled := await heard(it)) == 251
+        assert len({entry.judged.decision_id for entry in labelled}) == 251

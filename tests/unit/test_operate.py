@@ -1,0 +1,85 @@
+"""operate.py: an operator's word on a threshold."""
+
+from typing import Any
+
+import pytest
+
+from worker.certify import in_force
+from worker.errors import Stop
+from worker.events import ThresholdRecord
+from worker.operate import approve, fix, hand_back, reject, table
+from worker.settings import Settings, TenantPolicy
+from worker.thresholds import Thresholds
+
+
+def record(**fields: Any) -> ThresholdRecord:
+    plain: dict[str, Any] = {
+        "tenant": "a", "harm": "violence", "threshold": 0.6, "previous": 0.7, "version": 3,
+        "status": "proposed", "method": "certified", "model": "fake@000000", "labels": 412,
+        "reason": "precision at 0.60 is at least 0.9", "since_ms": 5, "certified": 0.6,
+    }  # fmt: skip
+    return ThresholdRecord(**(plain | fields))
+
+
+def test_an_approved_threshold_is_in_force_and_watched_from_now_on() -> None:
+    """It keeps its evidence: method, model, certificate."""
+    said = approve(record(declined=0.6), 1_000)
+    assert (said.status, in_force(said), said.since_ms, said.declined) == (
+        "applied",
+        0.6,
+        1_000,
+        None,
+    )
+    assert (said.method, said.model, said.certified) == ("certified", "fake@000000", 0.6)
+
+
+def test_a_rejected_threshold_is_remembered() -> None:
+    """What was in force stays, and is watched on."""
+    said = reject(record(), 1_000)
+    assert (said.status, in_force(said), said.declined, said.since_ms) == ("applied", 0.7, 0.6, 5)
+
+
+@pytest.mark.parametrize("word", [approve, reject])
+def test_there_must_be_a_proposal(word: Any) -> None:
+    """Nothing to approve is a mistake, not a success."""
+    with pytest.raises(Stop, match="a/violence: nothing is proposed"):
+        word(record(status="applied"), 1_000)
+
+
+def test_a_fixed_threshold_holds_for_every_model() -> None:
+    """Until it is handed back; then it stays until labels say otherwise."""
+    said = fix(0.33)(record(), 1_000)
+    assert (said.status, in_force(said), said.model, said.method) == (
+        "applied",
+        0.33,
+        "",
+        "operator",
+    )
+    assert said.previous == 0.7
+    back = hand_back(said, 2_000)
+    assert (in_force(back), back.since_ms) == (0.33, 2_000)
+    assert back.method != "operator"
+    with pytest.raises(Stop, match="is not set by an operator"):
+        hand_back(back, 3_000)
+
+
+def test_a_threshold_outside_0_to_1_is_refused() -> None:
+    """Before anything is published."""
+    for value in (-0.1, 1.1, float("nan")):
+        with pytest.raises(Stop, match="must lie in"):
+            fix(value)
+
+
+def test_settings_beat_every_record() -> None:
+    """Which is why a word on such a threshold is refused."""
+    policy = TenantPolicy(thresholds={"violence": 0.2})
+    thresholds = Thresholds({}, Settings(tenants={"a": policy}), "fake@000000")
+    thresholds.apply(fix(0.9)(record(), 1_000))
+    assert thresholds.of("a").values[0] == 0.2
+
+
+def test_the_table_names_what_is_proposed() -> None:
+    """In force is what was before it."""
+    made = table([record()], "Thresholds")
+    cells = [next(iter(column.cells)) for column in made.columns]
+    assert cells[:6] == ["a", "violence", "0.70", "0.60", "3", "certified"]
