@@ -1,5 +1,6 @@
 """Batch -> detectors -> scores, off the event loop."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,16 @@ def encode(detectors: Sequence[Detector], passages: Sequence[Passage]) -> list[t
         msg = f"encoding failed: {type(error).__name__}"
         raise DetectorError(msg) from error
     return list(zip(*columns, strict=True))
+
+
+def judge(
+    detectors: Sequence[Detector], passage: Passage, combination: Combination | None = None
+) -> tuple[tuple[Encoded, ...], tuple[tuple[float, ...], str], float]:
+    """`encode` and `score` of one passage, and the milliseconds that the first took."""
+    start = time.perf_counter()
+    (encoded,) = encode(detectors, [passage])
+    encode_ms = (time.perf_counter() - start) * 1e3
+    return encoded, score(detectors, [encoded], combination)[0], encode_ms
 
 
 def score(

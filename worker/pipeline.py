@@ -68,6 +68,18 @@ class Work:
         """Monotonic seconds at which the segment was complete."""
         return self.segment.born
 
+    def read_as(self, encoded: tuple[Encoded, ...], took_ms: float) -> None:
+        """Keep what each detector reads of it."""
+        self.encoded, self.tokenise_ms = encoded, took_ms
+        self.rows = max(len(row.windows) for row in encoded)
+        self.longest = max(len(window.ids) for row in encoded for window in row.windows)
+
+    @property
+    def passage(self) -> Passage:
+        """What the detectors judge."""
+        it = self.segment
+        return Passage(it.text, it.before, it.stream.conversation)
+
 
 class Pipeline:
     """Judges segments of any number of lanes. Use as an async context manager."""
@@ -97,6 +109,8 @@ class Pipeline:
             settings.max_batch_tokens, settings.batch_deadline_ms / 1e3
         )
         self._batched = asyncio.Event()
+        self._at_once: deque[Work] = deque()  # for threads that have nothing else to do
+        self._free = 0  # of these threads
         self._outstanding: deque[Work] = deque()  # oldest first, for the hold deadline
         self._failing: list[Work] = []  # failed at least once
         self._progress = 0.0  # monotonic seconds of the last scores that came
@@ -228,9 +242,11 @@ class Pipeline:
     async def _encode(self, works: Sequence[Work]) -> None:
         if not works:
             return
-        passages = [
-            Passage(w.segment.text, w.segment.before, w.segment.stream.conversation) for w in works
-        ]
+        if len(works) + len(self._at_once) <= self._free and not len(self._batcher):
+            self._at_once.extend(works)  # nothing to batch: one hop to a thread, not two
+            self._batched.set()
+            return
+        passages = [work.passage for work in works]
         start = self.clock()
         loop = asyncio.get_running_loop()
         try:
@@ -242,10 +258,7 @@ class Pipeline:
             return
         took_ms = (self.clock() - start) * 1e3
         for work, rows in zip(works, encoded, strict=True):
-            work.encoded = rows
-            work.tokenise_ms = took_ms
-            work.rows = max(len(row.windows) for row in rows)
-            work.longest = max(len(window.ids) for row in rows for window in row.windows)
+            work.read_as(rows, took_ms)
         self._batcher.add(works)
         self._batched.set()
 
@@ -253,6 +266,9 @@ class Pipeline:
         """Score batch after batch; as many of these run as there are threads."""
         loop = asyncio.get_running_loop()
         while True:
+            if self._at_once:
+                await self._detect_one(self._at_once.popleft())
+                continue
             batch = [work for work in self._batcher.cut(self.clock()) if self._wanted(work)]
             if not batch:
                 await self._more()
@@ -272,13 +288,34 @@ class Pipeline:
                 work.infer_ms = took_ms
                 self._scored(work, scores, stage)
 
+    async def _detect_one(self, work: Work) -> None:
+        """Encode and score a segment in one go."""
+        if not self._wanted(work):
+            return
+        start = self.clock()
+        try:
+            encoded, (scores, stage), encode_ms = await asyncio.get_running_loop().run_in_executor(
+                self._threads, detect.judge, self.detectors, work.passage, self._combination
+            )
+        except DetectorError as error:
+            self._failed([work], error)
+            return
+        self._progress = self.clock()
+        work.read_as(encoded, encode_ms)
+        work.infer_ms = max(0.0, (self._progress - start) * 1e3 - encode_ms)
+        self._scored(work, scores, stage)
+
     async def _more(self) -> None:
         """Wait for entries, or for the batch that is forming to be due."""
         if len(self._batcher):
             await asyncio.sleep(self.settings.batch_deadline_ms / 4e3)
             return
         self._batched.clear()
-        await self._batched.wait()
+        self._free += 1
+        try:
+            await self._batched.wait()
+        finally:
+            self._free -= 1
 
     def _scored(self, work: Work, scores: tuple[float, ...], stage: str) -> None:
         if not is_probability(scores):

@@ -47,10 +47,11 @@ async def decide(
 ) -> list[Decision]:
     """The decisions on these records, when all their streams have ended."""
     chosen = Settings(
-        hold_timeout_ms=HOLD_MS, tenants={"default": policy or TenantPolicy()},
-        **overrides,  # type: ignore[arg-type]  # checked by pydantic
-    )  # fmt: skip
+        **{"hold_timeout_ms": HOLD_MS, "tenants": {"default": policy or TenantPolicy()}}
+        | overrides,  # type: ignore[arg-type]  # checked by pydantic
+    )
     async with Pipeline(chosen, [detector]) as pipeline:
+        await asyncio.sleep(0.01)  # its steps have begun
         lane = pipeline.lane("in", 0)
         decisions: list[Decision] = []
         for offset, value in enumerate(values):
@@ -173,6 +174,35 @@ async def test_one_poisonous_text_does_not_take_others_down() -> None:
     verdicts = {it.stream_id: it.verdict for it in decisions}
     assert verdicts.pop("poison") == "block"
     assert set(verdicts.values()) == {"allow"}
+
+
+class Threads(Constant):
+    """Notes the threads that it is called from; scores slowly, so that others queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[str] = []
+
+    def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+        self.encoded.append(threading.current_thread().name.rpartition("_")[0])
+        return super().encode(passages)
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        time.sleep(0.01)
+        return super().score(batch)
+
+
+@pytest.mark.parametrize(("streams", "queue"), [(1, False), (40, True)])
+async def test_a_segment_goes_to_a_free_thread_at_once_and_queues_else(
+    streams: int, queue: bool
+) -> None:
+    """One hop where a thread is free; where none is, what waits is encoded to be batched."""
+    detector = Threads()
+    values = [delta(f"s{n}", 0, f"{n} {TEXT}", True) for n in range(streams)]
+    decisions = await decide(detector, *values, hold_timeout_ms=5_000)
+    assert [decision.verdict for decision in decisions] == ["allow"] * streams
+    assert ("tidegate-encode" in detector.encoded) is queue
+    assert queue or set(detector.encoded) == {"tidegate-infer"}
 
 
 async def test_an_encoder_that_raises_blocks_too() -> None:
