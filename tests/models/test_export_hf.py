@@ -4,7 +4,9 @@ The checkpoints are made here, tiny and untrained, and torch is asked what it ma
 text with transformers' own tokenizer. What the tables in docs/log.md say of fusion is counted here.
 """
 
+import gzip
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from detectors.harms import COLUMNS
+from detectors.calibrate import sigmoid
+from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS, HARMS
 from detectors.protocol import FloatArray, Passage, Turn, Window
 from detectors.session import Folder, Precision, Session
 from detectors.tokens import Lengths, PairTokens
@@ -320,6 +323,72 @@ def test_the_command_exports_and_says_what_is_wrong(
     with pytest.raises(SystemExit) as stopped:
         main(["--hf", str(tmp_path), "--labels", labels, "--out", out])
     assert "holds no model.safetensors" in str(stopped.value)
+
+
+def written_rows(folder: Path) -> None:
+    """600 rows; the token `kill` means violence nine times in ten, hate speech has no positives."""
+    chance = random.Random(0)
+    folder.mkdir()
+    with gzip.open(folder / "made.jsonl.gz", "wt") as lines:
+        for i in range(600):
+            harmful = chance.random() < 0.5
+            shows = harmful == (chance.random() < 0.9)
+            labels = dict.fromkeys(HARMS) | {"violence": int(harmful), "hate_speech": 0}
+            record = {
+                "id": str(i), "source": "dices" if i % 3 == 0 else "gptfuzz", "kind": "reply",
+                "licence": "CC0", "context": [], "text": "kill you" if shows else "the in you",
+                "harmful": int(harmful), "labels": labels, "split": "dev", "group": str(i),
+            }  # fmt: skip
+            lines.write(json.dumps(record) + "\n")
+
+
+def test_calibration_on_rows_makes_probabilities_of_log_odds(tmp_path: Path) -> None:
+    """Platt scaling finds the nine in ten; a column with one class stays as it was."""
+    from export import calibrate
+
+    written_rows(tmp_path / "permissive")
+    checked = Folder(SERVED)
+    assert checked.manifest.labels is not None
+    tokens = PairTokens(checked.read("tokenizer.json"), layout=checked.manifest.layout)
+    vocab = json.loads(checked.read("tokenizer.json"))["model"]["vocab"]
+
+    def overconfident(window: Window) -> FloatArray:
+        return np.full(7, 12.0 if vocab["k"] in window.ids else -12.0)
+
+    sample = calibrate.Sample(tmp_path / "permissive", 1)
+    found = calibrate.fit(
+        sample, tokens, overconfident, checked.manifest.labels, DEFAULT_THRESHOLDS
+    )
+    assert found.columns == ("violence", "harmful")
+    violence, hate = (COLUMNS.index(name) for name in ("violence", "hate_speech"))
+    slopes, intercepts = found.calibration
+    assert sigmoid(slopes * 12 + intercepts)[violence] == pytest.approx(0.9, abs=0.06)
+    assert (slopes[hate], intercepts[hate]) == (1.0, 0.0)
+    assert set(found.metrics["unseen"]) == {"violence", "hate_speech", "harmful"}
+    assert found.metrics["unseen"]["violence"]["auroc"] == pytest.approx(0.9, abs=0.06)
+    assert found.metrics["unseen"]["violence"]["ece"] < 0.08
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "deberta-v2"])
+def test_positions_are_counted_in_fp32_inside_an_fp16_graph(
+    tmp_path: Path, label_file: Path, kind: str
+) -> None:
+    """In halves MPNet's bucket of 181, 256 and 362 tokens, and DeBERTa-v3's of 16 distances, would
+    be another one. The logarithm they come from stays a float."""
+    import onnx
+    import onnxruntime as ort
+
+    from export import foreign
+
+    made = checkpoint(kind, tmp_path / kind, LABELS)
+    foreign.export(foreign.Asked(made, label_file, tmp_path / "model"))
+    graph = onnx.load(str(tmp_path / "model" / "model.fp16.onnx"))
+    logs = [node.output[0] for node in graph.graph.node if node.op_type == "Log"]
+    assert logs
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in logs)
+    session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    types = {given.name: given.type for given in session.get_outputs()}
+    assert {types[name] for name in logs} == {"tensor(float)"}
 
 
 def test_the_committed_folder_is_what_the_export_makes(tmp_path: Path) -> None:

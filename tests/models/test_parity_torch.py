@@ -79,3 +79,17 @@ def test_int8_stays_near_fp32(graphs: tuple[Any, Path, Path]) -> None:
     from export import parity
 
     assert parity.int8_loss(graphs[1], graphs[2], windows()).largest <= 0.10
+
+
+def test_every_attention_of_our_own_is_fused_for_cuda(
+    graphs: tuple[Any, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of six, counted; fp16 within 0.05 of torch's logits, on the CPU that is here."""
+    from export import __main__ as command
+    from export import parity
+
+    monkeypatch.setattr(command, "load", lambda _: graphs[0])
+    found = command._for_cuda(tmp_path, tmp_path, windows())
+    assert found["attentions_fused"] == "6 of 6"
+    assert float(found["fp16_largest_logit_error"]) <= parity.FP16_TOLERANCE
+    assert (tmp_path / "model.fp16.onnx").stat().st_size < 50_000_000
