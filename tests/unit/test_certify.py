@@ -384,6 +384,14 @@ def test_no_alarm_while_precision_is_at_the_target() -> None:
     assert rang <= 0.05 * cases + 2 * math.sqrt(0.05 * 0.95 * cases)
 
 
+def test_the_alarms_prior_sums_to_one() -> None:
+    """What all beginnings together are worth, where nothing is won or lost."""
+    wealth = drift.begin(1)
+    for number in range(1, 5_001):
+        wealth = drift.advance(wealth, number, 0.0)
+    assert wealth == pytest.approx(1.0 - 1.0 / 501.0)
+
+
 def test_complaints_only_ask() -> None:
     """They can come from anybody, so nothing moves without a person's word."""
     it = Learner()
