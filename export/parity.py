@@ -15,7 +15,7 @@ from export.to_onnx import Classifier, of_judge
 from training.model import Judge
 
 FP32_TOLERANCE: Final = 1e-4  # logits, largest difference
-FP16_TOLERANCE: Final = 0.05  # the same; scores differ by a quarter of it at most
+FP16_TOLERANCE: Final = 0.02  # the same; scores differ by a quarter of it at most
 
 LogitsOf = Callable[[Window], FloatArray]
 

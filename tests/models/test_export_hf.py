@@ -26,7 +26,7 @@ from tests.models.tiny import KINDS, checkpoint
 
 pytestmark = pytest.mark.train
 
-FP32, FP16 = 1e-4, 0.05  # logits, as the export has it
+FP32, FP16 = 1e-4, 0.02  # logits, as the export has it
 FIRST_TOKEN_ALONE = {"bert", "distilbert", "roberta", "xlm-roberta", "mpnet"}
 FUSED = {kind: "0 of 2" if kind.startswith("deberta") else "2 of 2" for kind in KINDS}
 ASKED = "Where does the train leave?"
@@ -123,7 +123,7 @@ def test_text_in_scores_out_are_those_of_transformers(exported: Exported) -> Non
 
 
 def test_every_precision_is_as_near_to_torch_as_the_manifest_says(exported: Exported) -> None:
-    """fp32 1e-4 and fp16 0.05 in logits, over long windows too; int8 is measured."""
+    """fp32 1e-4 and fp16 0.02 in logits, over long windows too; int8 is measured."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -334,7 +334,7 @@ def written_rows(folder: Path) -> None:
             harmful = chance.random() < 0.5
             shows = harmful == (chance.random() < 0.9)
             labels = dict.fromkeys(HARMS) | {"violence": int(harmful), "hate_speech": 0}
-            record = {
+            record: dict[str, Any] = {
                 "id": str(i), "source": "dices" if i % 3 == 0 else "gptfuzz", "kind": "reply",
                 "licence": "CC0", "context": [], "text": "kill you" if shows else "the in you",
                 "harmful": int(harmful), "labels": labels, "split": "dev", "group": str(i),
