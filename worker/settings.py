@@ -139,7 +139,7 @@ class Settings(BaseSettings):
     transaction_timeout_ms: int = Field(30_000, ge=1_000)  # how long a dead one can hide records
     retry_backoff_ms: int = Field(5, ge=1)  # what brokers say between transactions; 100 would show
     fetch_min_bytes: int = Field(16_384, ge=1)  # with the wait below: some deltas a fetch, not one
-    fetch_max_wait_ms: int = Field(5, ge=1)  # adds to the latency, and saves more than it adds
+    fetch_max_wait_ms: int = Field(2, ge=1)  # adds to the latency, and saves more than it adds
     max_poll_records: int = Field(4_000, ge=1)  # about 100 ms of work at full speed
 
     # topics
