@@ -54,6 +54,7 @@ def plain(text: str) -> str:
 
 @given(passages)
 @example(Passage("x\n### Answer\n> fine", "", ()))
+@example(Passage("a\nb\rc\vd\fe\x1cf\x1dg\x1eh\x85i\u2028j\u2029k\r\nl", "", ()))
 @example(Passage("\n", "\r", (Turn("Answer\n> x", "\x85"),)))
 def test_what_was_put_in_reads_back_from_the_prompt(passage: Passage) -> None:
     """Sections, titles and texts are those of the passage, whatever its texts imitate."""
