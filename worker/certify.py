@@ -145,7 +145,7 @@ class Tally(NamedTuple):
     counts: IntArray  # (W, B, 2, L) settled decisions
     recent: tuple[tuple[int, int, int], ...]  # the latest of them: bin, outcome, weight
     since: Blocked
-    largest_share: float = 0.0  # of the reviewer who took part in most of the decisions
+    largest_share: float = 0.0  # of all labels, by the busiest reviewer
     alarm: bool = False  # the threshold in force misses its goal
     complaints: bool = False  # ... says who complained
     too_rare: int = 0  # decisions above a candidate, picked with less than the policy's least
@@ -223,12 +223,13 @@ def _draft(
     tally: Tally, policy: LearnPolicy, current: ThresholdRecord, now_ms: int
 ) -> ThresholdRecord:
     """The next record if nothing moves."""
+    first = next((GRID[at] for at in walk(policy, tally.harm)), None)
     return msgspec.structs.replace(
         current, threshold=in_force(current), previous=in_force(current),
         version=current.version + 1, status="applied", method=policy.method,
         target_precision=policy.target_precision, recall_floor=policy.recall_floor,
         delta=policy.delta, level=Goal.of(policy).level, labels=tally.labels, model=tally.model,
-        ts_ms=now_ms, alarm=False, labels_needed=None, reason="",
+        ts_ms=now_ms, alarm=False, labels_needed=None, reason="", walked_from=first,
         precision=tally.since.precision,
     )  # fmt: skip
 
@@ -248,10 +249,12 @@ def _certified(
 ) -> ThresholdRecord | None:
     """See `propose`."""
     goal, order = Goal.of(policy), walk(policy, tally.harm)
-    if tally.labels < current.labels and not _is_new_goal(policy, current):
+    done = _walked(order, current.certified)
+    if _goes_elsewhere(draft, current):
+        done, draft = 0, msgspec.structs.replace(draft, certified_before=None)
+    elif tally.labels < current.labels:
         lost = "labels were lost from the log: counting starts anew"
         return msgspec.structs.replace(_renewed(draft, tally), reason=lost)
-    done = 0 if _is_new_goal(policy, current) else _walked(order, current.certified)
     delta = epoch_delta(policy.delta, current.epoch)
     obstacle = _obstacle(tally, policy)
     if not obstacle:
@@ -275,10 +278,10 @@ def _certified(
     return _moved(draft, tally, to, ask=policy.approval)
 
 
-def _is_new_goal(policy: LearnPolicy, current: ThresholdRecord) -> bool:
-    """Whether certificates of the last record were for something else."""
-    goal = (Goal.of(policy).level, policy.recall_floor, policy.delta)
-    return goal != (current.level, current.recall_floor, current.delta)
+def _goes_elsewhere(draft: ThresholdRecord, current: ThresholdRecord) -> bool:
+    """Whether certificates of the last record are for something else than what is wanted now."""
+    names = ("level", "recall_floor", "delta", "walked_from")
+    return any(getattr(draft, name) != getattr(current, name) for name in names)
 
 
 def _walked(order: tuple[int, ...], last: float | None) -> int:
@@ -303,7 +306,7 @@ def _obstacle(tally: Tally, policy: LearnPolicy) -> str:
         )
     if tally.largest_share > policy.max_reviewer_share:
         return (
-            f"one reviewer took part in {tally.largest_share:.0%} of the decisions, "
+            f"one reviewer gave {tally.largest_share:.0%} of the labels, "
             f"at most {policy.max_reviewer_share:.0%} may be one's"
         )
     return ""
@@ -377,7 +380,7 @@ def _is_news(draft: ThresholdRecord, current: ThresholdRecord) -> bool:
         return False
     if (draft.certified, draft.epoch) != (current.certified, current.epoch) or not current.reason:
         return True
-    if (draft.method, draft.level, draft.delta) != (current.method, current.level, current.delta):
+    if current.method != draft.method or _goes_elsewhere(draft, current):
         return True
     before, now = current.labels_needed, draft.labels_needed
     if before is None or now is None:

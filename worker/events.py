@@ -129,6 +129,7 @@ class ThresholdRecord(msgspec.Struct, frozen=True, kw_only=True):
     ts_ms: int = 0
     model: str = ""  # holds for decisions of this model alone; empty: for all
     labels_needed: int | None = None  # None: nothing to certify, or no number would do
+    walked_from: float | None = None  # the first candidate: the walk to `certified` began here
     certified: float | None = None  # the end of the walk: all candidates up to here are certified
     certified_before: float | None = None  # the same of earlier epochs, to fall back to
     epoch: int = 0  # drift alarms before this

@@ -329,7 +329,7 @@ class _Counts:
         self._due = False
         self._too_rare = self._too_rare_below = 0
         self._rows.clear()
-        self._took_part = [0]  # (rows,) decisions; row 0 is not used
+        self._given = [0]  # (rows,) labels; row 0 is not used
         self._table = np.zeros((1, len(GRID), 2, len(self._weights)), np.int32)
         self._recent: deque[tuple[int, int, int]] = deque(maxlen=RECENT)
 
@@ -402,7 +402,7 @@ class _Counts:
         self._recent.append((at, int(whole), column))
         self._table[0, at, int(whole), column] += 1  # a bool would be a mask
         for row, without in others.items():
-            self._took_part[row] += 1
+            self._given[row] += 1
             if without is not whole:
                 self._table[row, at, int(whole), column] -= 1
                 if without is not None:
@@ -432,8 +432,8 @@ class _Counts:
     def _row(self, name: str) -> int:
         row = self._rows.get(name)
         if row is None:
-            row = self._rows[name] = len(self._took_part)
-            self._took_part.append(0)
+            row = self._rows[name] = len(self._given)
+            self._given.append(0)
             self._table = np.concatenate([self._table, np.zeros_like(self._table[:1])])
             self._wealth = np.concatenate([self._wealth, self._wealth[:1]])
         return row
@@ -453,9 +453,11 @@ class _Counts:
 
         All worlds share the numbering: one that leaves decisions out uses less of the prior.
         """
-        before = self._wealth
-        if not any(self._goal.concerns(above, harmful) for harmful in (whole, *others.values())):
+        if self._goal.kind == "precision" and not above:
             return
+        if self._goal.kind == "recall" and True not in (whole, *others.values()):
+            return
+        before = self._wealth
         self._watched += 1
         after = before.copy()
         if self._goal.concerns(above, whole):
@@ -516,7 +518,7 @@ class _Counts:
         return Tally(
             *self.claim, labels=self._labels, settled_ms=max(0, self._settled_ms),
             weights=np.array(self._weights), counts=counts, recent=tuple(self._recent),
-            since=self._since, largest_share=max(self._took_part) / max(1, self._labels),
+            since=self._since, largest_share=max(self._given) / max(1, sum(self._given)),
             alarm=self._rang, complaints=self._complained, too_rare=self._too_rare,
             too_rare_below=self._too_rare_below,
         )  # fmt: skip

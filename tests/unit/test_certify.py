@@ -187,7 +187,7 @@ def test_a_reviewer_with_too_large_a_share_holds_certificates_back() -> None:
         )
         it.test()
     assert it.record.certified is None
-    assert "90% of the decisions" in it.record.reason
+    assert "90% of the labels" in it.record.reason
 
 
 def hostile(says: bool, fields: dict[str, object], rounds: int = 400) -> Learner:
@@ -255,6 +255,17 @@ def test_another_target_begins_the_walk_anew() -> None:
     stricter = propose(tally, policy(target_precision=0.97), it.record, 100)
     assert stricter is not None
     assert (stricter.certified, stricter.threshold) == (None, 0.5)
+
+
+def test_a_walk_from_elsewhere_begins_anew() -> None:
+    """Who raises the highest bound has not tested what lies above the old one."""
+    it = Learner(policy(bounds={"violence": (0.5, 0.8)}))
+    it.tell([True] * 80, score=0.85)
+    assert it.record.certified == 0.5
+    raised = propose(it.evidence.snapshot(CLAIM), PLAIN, it.record, 100)
+    assert raised is not None
+    assert raised.certified is None
+    assert in_force(raised) == 0.5
 
 
 def test_lost_labels_begin_a_new_epoch() -> None:

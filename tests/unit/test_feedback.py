@@ -124,7 +124,7 @@ def test_worlds_without_a_reviewer_are_settled_anew() -> None:
     assert cells(tally, 1) == {(90, 1, 1.0): 2}
     assert cells(tally, 2) == {(90, 1, 1.0): 1, (90, 0, 1.0): 2}
     assert cells(tally, 3) == {(90, 1, 1.0): 1, (90, 0, 1.0): 2}
-    assert tally.largest_share == 1.0
+    assert tally.largest_share == 0.5
 
 
 def test_scores_at_a_threshold_are_not_above_it() -> None:
