@@ -29,6 +29,7 @@ pytestmark = pytest.mark.train
 FP32, FP16 = 1e-4, 0.02  # logits, as the export has it
 FIRST_TOKEN_ALONE = {"bert", "distilbert", "roberta", "xlm-roberta", "mpnet"}
 FUSED = {kind: "0 of 2" if kind.startswith("deberta") else "2 of 2" for kind in KINDS}
+JIGSAW = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 ASKED = "Where does the train leave?"
 TEXTS = (
     "Good morning.",
@@ -228,6 +229,35 @@ def test_the_other_version_of_deberta_has_one_mark_in_the_middle(tmp_path: Path)
     vocab = json.loads((folder / "vocab.json").read_text())
     layout = tokenizer.convert(folder, len(vocab)).layout
     assert layout.between == layout.end == (vocab["[SEP]"],)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "problem", "ready"),
+    [
+        ("bert", JIGSAW, "multi_label_classification", "toxic-bert"),
+        ("distilbert", ("non-toxic", "toxic"), None, "toxic-comment-model"),
+    ],
+)
+def test_the_maps_that_come_along_export_such_models(
+    tmp_path: Path, kind: str, labels: tuple[str, ...], problem: str | None, ready: str
+) -> None:
+    """Single texts: the conversation is left out, and `harmful` is what torch says of the text."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from export import foreign
+
+    made = checkpoint(kind, tmp_path / kind, labels, problem_type=problem)
+    foreign.export(foreign.Asked(made, Path(ready), tmp_path / "model"))
+    model = AutoModelForSequenceClassification.from_pretrained(made).eval()
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    served = Toxicity(tmp_path / "model", precision="fp32")
+    for text in TEXTS:
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0].double()
+        likeliest = logits.sigmoid().max() if problem else logits.softmax(dim=0)[1]
+        scores = served.score(served.encode([Passage(text, "", (Turn("user", ASKED),))]))
+        assert scores[0, -1] == pytest.approx(float(likeliest), abs=FP32)
 
 
 def spoilt(bert: Path, folder: Path, change: Callable[[Path], object]) -> Path:
