@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from detectors.buckets import Shape, batches, shapes
@@ -20,6 +21,7 @@ from detectors.labels import LabelMap
 from detectors.protocol import FloatArray, IntArray, Window
 from detectors.tokens import Inputs, Layout
 
+Array = npt.NDArray[Any]  # of whatever type the graph wants
 Provider = Literal["cpu", "cuda"]
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -100,7 +102,7 @@ class Folder:
         self.manifest = _checked(raw)
         for name in (self.manifest.model, self.manifest.tokenizer):
             self.read(name)
-        self.digest = _digest(raw, self.manifest.files)
+        self.digest = digest_of(raw, self.manifest.files)
 
     def digest_with(self, graph: str) -> str:
         """The digest where `graph` is run: another one gives other scores, so other cache keys."""
@@ -110,17 +112,38 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, the same ones whose digest was compared."""
-        expected = self.manifest.files.get(name)
-        if expected is None or Path(name).name != name or not name.endswith(_SUFFIXES):
-            raise ModelError(f"{name!r} is no .onnx or .json file with a digest in the manifest")
-        content = (self._folder / name).read_bytes()
-        found = sha256(content).hexdigest()
-        if found != expected:
-            raise ModelError(
-                f"{name} has SHA-256 {found[:12]}..., the manifest says {expected[:12]}...: "
-                "the file was changed or half copied; restore it or export the model again"
-            )
-        return content
+        return read_checked(self._folder, name, self.manifest.files)
+
+
+def read_checked(folder: Path, name: str, files: Mapping[str, str]) -> bytes:
+    """The bytes of a file, whose SHA-256 is the one in `files`. Raises ModelError otherwise."""
+    expected = files.get(name)
+    if expected is None or Path(name).name != name or not name.endswith(_SUFFIXES):
+        raise ModelError(f"{name!r} is no .onnx or .json file with a digest in the manifest")
+    content = (folder / name).read_bytes()
+    found = sha256(content).hexdigest()
+    if found != expected:
+        raise ModelError(
+            f"{name} has SHA-256 {found[:12]}..., the manifest says {expected[:12]}...: "
+            "the file was changed or half copied; restore it or export the model again"
+        )
+    return content
+
+
+class Graph:
+    """Any graph on the CPU: arrays in, arrays out, by name. Thread-safe."""
+
+    def __init__(self, content: bytes, opset: int) -> None:
+        """opset: what the manifest says. Raises ModelError where onnxruntime cannot run it."""
+        self._session = _open(content, "cpu", cuda_graphs=False)
+        _check_opset(self._session, "the graph", opset)
+        self.inputs: Final = {given.name: given.shape for given in self._session.get_inputs()}
+        self.outputs: Final = {given.name: given.shape for given in self._session.get_outputs()}
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs asked for, in that order."""
+        found: list[Array] = self._session.run(list(outputs), dict(feeds))
+        return found
 
 
 class Session:
@@ -279,12 +302,14 @@ def _options() -> ort.SessionOptions:
     return options
 
 
-def _check_graph(session: ort.InferenceSession, name: str, manifest: Manifest) -> None:
+def _check_opset(session: ort.InferenceSession, name: str, expected: int) -> None:
     marked = session.get_modelmeta().custom_metadata_map.get(OPSET_KEY)
-    if marked != str(manifest.opset):
-        raise ModelError(
-            f"{name} was exported with opset {marked}, the manifest says {manifest.opset}"
-        )
+    if marked != str(expected):
+        raise ModelError(f"{name} was exported with opset {marked}, the manifest says {expected}")
+
+
+def _check_graph(session: ort.InferenceSession, name: str, manifest: Manifest) -> None:
+    _check_opset(session, name, manifest.opset)
     strange = {given.name for given in session.get_inputs()} - set(INPUTS)
     if strange:
         raise ModelError(f"{name} wants inputs {sorted(strange)}, which nobody fills")
@@ -339,7 +364,7 @@ def _check_thresholds(thresholds: Mapping[str, float]) -> None:
         raise ModelError(f"thresholds outside 0..1: {outside}")
 
 
-def _digest(manifest: bytes, files: Mapping[str, str]) -> str:
+def digest_of(manifest: bytes, files: Mapping[str, str]) -> str:
     """Over everything that can move a score; the manifest holds calibration and lengths."""
     whole: Any = sha256(manifest)
     for name, digest in sorted(files.items()):

@@ -59,6 +59,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
+        self.times: list[float] = []
         self.connections: set[Any] = set()
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -85,6 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             server.requests.append(request)
             server.headers.append(dict(self.headers))
             server.paths.append(self.path)
+            server.times.append(time.monotonic())
             server.connections.add(self.client_address)
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
@@ -224,15 +226,40 @@ def test_retries_end() -> None:
 
 
 def test_backoff_grows_and_the_server_may_ask_for_more() -> None:
-    """At least half of 40 + 80 ms before the third attempt; Retry-After is waited out."""
-    started = time.monotonic()
-    with serving(failing(503, 503)) as server, helper(server, backoff_ms=40) as ask:
+    """At least half of 300, then of 600 ms between attempts; Retry-After is waited out."""
+    with serving(failing(503, 503)) as server, helper(server, backoff_ms=300) as ask:
         ask(["a b"])
-    assert time.monotonic() - started >= 0.06
-    started = time.monotonic()
-    with serving(failing((429, {"Retry-After": "0.3"}))) as server, helper(server) as ask:
+    first, second, third = server.times
+    assert second - first >= 0.15
+    assert third - second >= 0.3
+    with serving(failing((429, {"Retry-After": "0.5"}))) as server, helper(server) as ask:
         ask(["a b"])
-    assert time.monotonic() - started >= 0.3
+    assert server.times[1] - server.times[0] >= 0.5
+
+
+def test_a_failed_call_leaves_no_thread_waiting() -> None:
+    """One prompt waits to be tried again when another fails for good: both threads are free."""
+    waits = threading.Event()
+    both = threading.Event()
+
+    def reply(server: Server, request: dict[str, Any]) -> Any:
+        if request["prompt"] == "later":
+            waits.set()
+            return 429, {"Retry-After": "25"}
+        if request["prompt"] == "bad":
+            waits.wait(10)
+            time.sleep(0.1)  # until the other has its answer
+            return 400
+        if server.at_once == 2:
+            both.set()
+        both.wait(10)
+        return good(server, request)
+
+    with serving(reply) as server, helper(server, concurrency=2) as ask:
+        with pytest.raises(HelperError, match="status 400"):
+            ask(["bad", "later"])
+        ask(["a b", "c d"])
+    assert both.is_set()
 
 
 def test_nobody_listens() -> None:
