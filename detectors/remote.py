@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from threading import Event, Lock, Timer, local
 from typing import Final, Self
@@ -98,6 +98,7 @@ class RemoteHelper:
         self._retries = retries
         self._deadline_s = None if deadline_ms is None else deadline_ms / 1000
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="logprob")
+        self._closed = Event()
         self._own = local()
         self._open: set[http.client.HTTPConnection] = set()
         self._lock = Lock()
@@ -110,6 +111,7 @@ class RemoteHelper:
 
     def close(self) -> None:
         """Ends the threads and connections; a call under way raises HelperError or finishes."""
+        self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for connection in self._open:
@@ -125,9 +127,13 @@ class RemoteHelper:
         """
         ends = None if self._deadline_s is None else time.monotonic() + self._deadline_s
         stop = Event()
+        if self._closed.is_set():
+            raise HelperError("closed")
         asked = [self._pool.submit(self._row, prompt, ends, stop) for prompt in prompts]
         try:
             return [future.result() for future in asked]
+        except CancelledError:
+            raise HelperError("closed") from None
         finally:
             stop.set()  # after the first failure nobody wants the others
             for future in asked:
@@ -142,7 +148,7 @@ class RemoteHelper:
             try:
                 return self._log_probs(self._posted(request, _left(self._timeout_s, ends)))
             except _Again as failed:
-                if attempt == self._retries:
+                if attempt == self._retries or self._closed.is_set():
                     raise HelperError(f"{failed}, {attempt + 1} times") from None
                 wait = self._backoff_s * 2**attempt * random.uniform(0.5, 1)  # noqa: S311 - spread
                 wait = min(max(wait, failed.after_s), _LONGEST_WAIT_S)
@@ -211,10 +217,7 @@ class RemoteHelper:
         try:
             yield connection
         except BaseException:
-            self._own.connection = None
-            with self._lock:
-                self._open.discard(connection)
-            connection.close()
+            connection.close()  # the next request opens it again
             raise
         finally:
             timer.cancel()
