@@ -31,6 +31,7 @@ STAKES: Final = np.array([0.04, 0.1, 0.2, 0.4, 0.65, 0.95])  # (K,) of what may 
 _PRIOR = -math.log(len(STAKES))  # log share of the money on each stake
 _FIRST_EPOCH = 0.8  # of delta; the later ones share the rest
 _RECALLS = np.linspace(0.0, 1.0, 101)  # candidates for the recall interval
+_MORE = 1.2  # times the labels of the last record: fewer are no news by themselves
 _GUESS_AFTER = 5  # decisions above a candidate; with fewer the rate of growth is a guess
 _STEP = 0.05
 _STEP_UP_BELOW, _STEP_DOWN_ABOVE = 0.8, 0.95  # precision
@@ -382,6 +383,8 @@ def _is_news(draft: ThresholdRecord, current: ThresholdRecord) -> bool:
         return True
     if current.method != draft.method or _goes_elsewhere(draft, current):
         return True
+    if draft.labels < _MORE * current.labels:
+        return False
     before, now = current.labels_needed, draft.labels_needed
     if before is None or now is None:
         return before is not now
@@ -425,7 +428,8 @@ def _complained(
 
     Whoever wants less moderation can complain in any number.
     """
-    to = _refuge(tally, policy, draft, sound) if tally.complaints else None
+    is_asked_for = tally.complaints and policy.recall_floor is None
+    to = _refuge(tally, policy, draft, sound) if is_asked_for else None
     if to is None or to == current.declined or current.status == "proposed":
         return None
     target = f"{policy.target_precision:g} at {draft.threshold:g}"
@@ -496,12 +500,11 @@ def _stepped(
     missing = policy.labels_per_step - seen.decisions
     if current.status == "proposed":
         return None
-    if missing > 0:
-        waits = msgspec.structs.replace(
-            draft, labels_needed=missing, reason=f"{missing} more labels of blocked items needed"
-        )
-        return waits if not current.reason else None
-    to = _step_from(draft.threshold, seen.precision or 0.0, policy, tally.harm)
+    if missing > 0 or seen.precision is None:
+        reason = f"{missing} more labels of blocked items needed"
+        waits = msgspec.structs.replace(draft, labels_needed=missing, reason=reason)
+        return waits if current.method != "step" else None
+    to = _step_from(draft.threshold, seen.precision, policy, tally.harm)
     reason = f"precision {seen.precision:.3f} of {seen.decisions} blocked items"
     obstacle = _obstacle(tally, policy)
     if obstacle:
@@ -529,7 +532,7 @@ def _step_from(threshold: float, precision: float, policy: LearnPolicy, harm: st
 def _with_recall(draft: ThresholdRecord, tally: Tally, policy: LearnPolicy) -> ThresholdRecord:
     """The draft with what is known of recall at its threshold: nothing, if weights are wrong."""
     if tally.too_rare_below or tally.too_rare:
-        return draft
+        return msgspec.structs.replace(draft, recall=None, recall_low=None, recall_high=None)
     at = min(bin_of(draft.threshold), len(GRID) - 1)  # the next of GRID, where it is none itself
     counts, ratio = tally.counts[0], Goal.of(policy).ratio
     largest = 1.0 if GRID[at] >= policy.bounds.get(tally.harm, BOUNDS)[0] else ratio

@@ -225,6 +225,15 @@ def test_reviewers_mistakes_are_allowed_for() -> None:
     assert Goal.of(policy(reviewer_error=0.05)).level == pytest.approx(0.905)
 
 
+def test_records_without_news_are_few() -> None:
+    """While precision hovers about the target, a record comes with a fifth more labels at most."""
+    it = Learner()
+    it.tell([number % 10 > 0 for number in range(3_000)])
+    assert len(it.records) < 40
+    gaps = pairwise(record.labels for record in it.records[1:])
+    assert all(after >= 1.2 * before for before, after in gaps)
+
+
 def test_picked_too_rarely_certifies_nothing() -> None:
     """No weight would be right, so the record says what to change."""
     it = Learner()
