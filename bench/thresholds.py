@@ -5,7 +5,7 @@
 What labels prove and what is published is the product's own code: `propose`, `drift.advance`.
 Traffic, reviewers and truth are made up. Thresholds are tested after every 25 labels. Figures are
 kept in runs/thresholds/, so that `--only` can be run one at a time; `--write` puts the table of
-all that are there into docs/thresholds.md and, where matplotlib is installed, the plot beside it.
+all that are there into docs/thresholds.md; bench/plots.py draws the plot beside it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,7 @@ OVER = midpoints[None, :] > np.array(GRID)[:, None]  # (101, 1000)
 KEPT = Path("runs/thresholds")
 PAGE = Path("docs/thresholds.md")
 PLOT = Path("docs/thresholds.png")
+DRAWN = KEPT / "drawn" / "plot.json"
 
 
 def _beta(a: float, b: float) -> FloatArray:
@@ -106,6 +107,10 @@ class Scenario(NamedTuple):
         """(101,) the true precision above each of GRID then; 1 where there is no traffic."""
         return _precision(self.traffic, self.truth_at(number))
 
+    def seen(self, number: int) -> FloatArray:
+        """(101,) the same of the labels, wrong ones included."""
+        return self.errors + (1.0 - 2.0 * self.errors) * self.precision(number)
+
     def shares(self, threshold: float) -> FloatArray:
         """Probability of being picked for review with this threshold in force."""
         return self.share(midpoints, np.full_like(midpoints, threshold))
@@ -143,6 +148,10 @@ SCENARIOS = (
     Scenario("rare harm", "1 text in 200 looks harmful", midpoints, _traffic(0.005)),
     Scenario("reviewers wrong 5 %", "calibrated; 5 % of labels flipped", midpoints, errors=0.05),
     Scenario("at the edge", "precision is 0.895 at every candidate", _flat(TARGET - 0.005)),
+    Scenario(
+        "at the edge, at its worst", "0.8999, no label wasted, one trusted reviewer",
+        _flat(TARGET - 0.0001), _beta(60.0, 1.0), policy=(("max_reviewer_share", 1.0),),
+    ),
     Scenario("dip", "precision is below target at 0.85, above it at 0.97 and at 0.5", _DIP),
     Scenario(
         "hostile reviewer", "precision 0.88; who gives 40 % of labels calls all harmful",
@@ -323,7 +332,7 @@ class Diary:
         """Before each publication."""
         scenario, before = self._world.scenario, self._world.records[history]
         if record.alarm and not before.alarm:
-            right = scenario.precision(number)[round(100 * record.previous)] >= TARGET
+            right = scenario.seen(number)[round(100 * record.previous)] >= TARGET
             self.false_alarms[history] |= right
         if record.certified is not None:
             sound = [at for at in self._order if GRID[at] >= record.certified]
@@ -356,7 +365,7 @@ class Oracle:
     """Bets on the one threshold worth having, with the stake that is best for the truth there."""
 
     def __init__(self, scenario: Scenario, histories: int = 0) -> None:
-        precision = scenario.errors + (1.0 - 2.0 * scenario.errors) * scenario.precision(0)
+        precision = scenario.seen(0)
         worth = [at for at in walk(LearnPolicy(), CLAIM.harm) if precision[at] >= TARGET + WORTH]
         self._at = min(worth, default=None)
         self._wealth = np.zeros(histories)
@@ -499,13 +508,13 @@ def rows(figures: Sequence[Figures]) -> list[list[str]]:
                 share(step.wrong_in_force, step.histories),
                 share(step.wrong_by_far, step.histories),
             ]
-        worth = Oracle(scenario).exists
+        worth = Oracle(scenario).exists and scenario.later is None
         found.append([
             scenario.name, share(ours.wrong_certificate, ours.histories),
             share(ours.wrong_in_force, ours.histories), *cells,
             share(ours.false_alarms, ours.histories),
-            _until(ours.reached, ours.histories) if worth else "none is",
-            _until(ours.oracle, ours.histories) if worth else "",
+            _until(ours.reached, ours.histories) if worth else "-",
+            _until(ours.oracle, ours.histories) if worth else "-",
         ])  # fmt: skip
     return found
 
@@ -521,12 +530,31 @@ def write(figures: Sequence[Figures]) -> None:
     PAGE.write_text(
         before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1], encoding="utf-8"
     )
-    try:
-        from bench.plots import thresholds
-    except ImportError:
-        print("no matplotlib here: the plot stays as it was")
-        return
-    thresholds(figures, PLOT)
+    DRAWN.write_text(json.dumps(_drawn(figures)), encoding="utf-8")
+    print(f"now: .venv-train/bin/python -m bench.plots {DRAWN} {PLOT}")
+
+
+def _drawn(figures: Sequence[Figures]) -> dict[str, Any]:
+    """What the plot shows, for an environment that has matplotlib and not the product."""
+    order = [it.name for it in SCENARIOS]
+    changes = {it.name: it.changes for it in SCENARIOS}
+    shares, courses = [], []
+    for it in sorted(figures, key=lambda it: order.index(it.scenario)):
+        wrong = it.wrong_in_force if it.method == "step" else _wrong(it)
+        low, high = wilson(wrong, it.histories)
+        name = {"scenario": it.scenario, "method": it.method}
+        shares.append(name | {"share": wrong / it.histories, "low": low, "high": high})
+        if it.scenario in {"calibrated", "badly calibrated", "drifting"}:
+            course = {"quantiles": it.quantiles, "right": it.right, "labels": it.labels}
+            courses.append(name | course | {"changes": min(it.labels, changes[it.scenario])})
+    return {
+        "delta": DELTA, "histories": figures[0].histories, "shares": shares, "courses": courses,
+    }  # fmt: skip
+
+
+def _wrong(figures: Figures) -> int:
+    """Histories with a wrong certificate, or with a wrong threshold in force: mostly the same."""
+    return max(figures.wrong_certificate, figures.wrong_in_force)
 
 
 def main() -> None:
@@ -539,7 +567,7 @@ def main() -> None:
         "--write", action="store_true", help="nothing is played, all is put together"
     )
     chosen = parser.parse_args()
-    KEPT.mkdir(parents=True, exist_ok=True)
+    DRAWN.parent.mkdir(parents=True, exist_ok=True)
     for scenario in SCENARIOS if not chosen.write else ():
         for method in ("certified", "step"):
             if chosen.only in {None, scenario.name} and chosen.method in {None, method}:
