@@ -29,7 +29,6 @@ from training.tables import Table
 
 _HERE: Final = Path(__file__).resolve().parent.parent
 _SAMPLE: Final = 40  # rows a source: one model and its fp32 graph in 10 minutes on one core
-_WIDTH: Final = 178  # columns of the widest table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.only_models:
         systems += [*compare.exact(), *compare.others()]
     found = list(report.tables(systems, chosen, arguments.sample))
-    console = Console(width=max(Console().width, _WIDTH))
+    console = Console()
     for table in found:
         tables.show(table, console)
     if arguments.out:

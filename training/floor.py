@@ -1,8 +1,9 @@
 """The floor: TF-IDF of words and characters, a logistic regression a column. What a bag of words
-knows, trained on the windows that the classifier is trained on.
+knows, from the rows that the classifier is trained on.
 
-It reads the text before and the segment, not the conversation. Calibration and thresholds are made
-as the classifier's are, on the same half of the held-out prompts.
+It learns from whole texts and judges what the worker judges, the text before and the segment; it
+does not read the conversation. Calibration and thresholds are made as the classifier's are, on the
+same half of the held-out prompts.
 """
 
 import json
@@ -25,7 +26,7 @@ from detectors.protocol import FloatArray, Passage
 from training import thresholds
 from training.measure import Scored
 from training.rows import Row
-from training.windows import Sample, capped, judged, samples
+from training.windows import capped, judged
 
 _SEED: Final = 17
 _VERSION: Final = 1  # raise it when the model below changes: kept scores are then another file's
@@ -48,9 +49,8 @@ class Floor:
     def __init__(self, name: str, rows: Rows, kept: Path) -> None:
         """kept: folder where its thresholds are kept beside the scores."""
         self.name, self._rows = name, rows
-        chance = random.Random(_SEED)
-        self._samples = samples(capped(rows.fit, chance), chance)
-        self.digest = _digest(self._samples, rows)
+        self._fit = capped(rows.fit, random.Random(_SEED))
+        self.digest = _digest(self._fit, rows)
         self._file = kept / f"floor-{self.digest[:16]}.json"
 
     @property
@@ -68,7 +68,7 @@ class Floor:
 
     @cached_property
     def _fitted(self) -> tuple["_Model", Calibration]:
-        model = _Model(self._samples)
+        model = _Model(self._fit)
         scored, harmless = _scored(model, self._rows.calibrate), _scored(model, self._rows.harmless)
         calibration = thresholds.calibrate(scored)
         chosen = thresholds.choose(scored, harmless, calibration)
@@ -80,9 +80,9 @@ class Floor:
 class _Model:
     """Passages to logits, (S, 7)."""
 
-    def __init__(self, fit: Sequence[Sample]) -> None:
+    def __init__(self, fit: Sequence[Row]) -> None:
         self._words, self._chars = TfidfVectorizer(**_WORDS), TfidfVectorizer(**_CHARS)
-        texts = [_text(sample.passage) for sample in fit]
+        texts = [row.text for row in fit]
         features = hstack([
             vectorizer.fit_transform(texts)
             for vectorizer in tqdm((self._words, self._chars), desc="floor: words, characters")
@@ -91,32 +91,28 @@ class _Model:
         self._heads = [_head(features, fit, i) for i in tqdm(columns, desc="floor: columns")]
 
     def __call__(self, passages: Sequence[Passage]) -> FloatArray:
-        texts = [_text(passage) for passage in passages]
+        texts = [passage.before + passage.text for passage in passages]
         features = hstack([self._words.transform(texts), self._chars.transform(texts)]).tocsr()
         return np.stack([head.decision_function(features) for head in self._heads], axis=1)
 
 
-def _head(features: Any, fit: Sequence[Sample], column: int) -> LogisticRegression:
-    """One column's regression, over the samples that have a label for it."""
-    weights = np.array([sample.weights[column] for sample in fit])
-    targets = np.array([sample.targets[column] for sample in fit])
+def _head(features: Any, fit: Sequence[Row], column: int) -> LogisticRegression:
+    """One column's regression, over the rows that have a label for it."""
+    weights = np.array([row.weights[column] for row in fit])
+    targets = np.array([row.targets[column] for row in fit])
     known = weights > 0
     head = LogisticRegression(C=_C, solver="liblinear", class_weight="balanced")
     return head.fit(features[known], targets[known] > 0.5, sample_weight=weights[known])
-
-
-def _text(passage: Passage) -> str:
-    return passage.before + passage.text
 
 
 def _scored(logits_of: Callable[[Sequence[Passage]], FloatArray], rows: Sequence[Row]) -> Scored:
     return Scored(list(rows), np.stack([logits_of(judged(row)).max(axis=0) for row in rows]))
 
 
-def _digest(fit: Sequence[Sample], rows: Rows) -> str:
+def _digest(fit: Sequence[Row], rows: Rows) -> str:
     whole = sha256(repr((_VERSION, _WORDS, _CHARS, _C)).encode())
-    for sample in fit:
-        whole.update(repr(sample).encode("utf-8", "surrogatepass"))
+    for row in fit:
+        whole.update(repr((row.id, row.targets, row.weights)).encode())
     for row in (*rows.calibrate, *rows.harmless):
         whole.update(row.id.encode())
     return whole.hexdigest()

@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from detectors.harms import COLUMNS
+from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.protocol import FloatArray
 from training import metrics
 from training.early import early, is_long
@@ -70,7 +70,7 @@ def line(judged: Judged, column: int = -1, *, verdict: bool = True) -> Line:
         of(lambda weights: metrics.auprc(targets, probabilities, weights)),
         of(lambda weights: metrics.auroc(targets, probabilities, weights)),
         of(lambda weights: metrics.f1(targets, above, weights)),
-        float(metrics.share(targets[above > 0])),
+        float(metrics.share(targets[above > 0])) if positives else NOTHING.value,
         float(metrics.share(above[~harmless])),
         metrics.share_interval(above[harmless], np.array(sure.groups)[harmless].tolist()),
         of(lambda weights: metrics.calibration_error(targets, probabilities, weights)),
@@ -171,22 +171,41 @@ def early_blocks(systems: Sequence[System], chosen: Sets) -> Table:
 def stand_ins(systems: Sequence[System], chosen: Sets) -> Table:
     """Sources that nobody trains on, in the place of public benchmarks."""
     rows: list[tuple[Any, ...]] = []
-    for source, of_source in _grouped(chosen.stand_ins).items():
-        place, column = STAND_INS[source]
-        rows.append((f"{place}: {source}",))
-        for system in systems:
-            judged = system.judged(of_source)
-            if judged.rows:
-                rows.append((system.name, *line(judged, COLUMNS.index(column))))
+    for heading, column, some in _places(chosen.stand_ins):
+        rows.append((heading,))
+        for system in (*systems, _blocking_everything(some)):
+            judged = system.judged(some)
+            if len(judged.rows) == len(some):
+                rows.append((system.name, *line(judged, column)))
     note = (
         "Not the public benchmarks: data of the same kinds, for research only, that no weight, "
-        "calibration or threshold has seen. F1 stands beside AUROC and false blocks, since "
-        "whoever blocks everything gets a high F1 where most rows are harmful. tweeteval_hate "
-        "is labelled and ranked by hate_speech, the others by `harmful`; F1, precision, recall "
-        "and false blocks are of the verdict."
+        "calibration or threshold has seen. F1 stands beside AUROC and false blocks: blocking "
+        "everything has a high F1 where most rows are harmful. Hate posts are labelled and ranked "
+        "by hate_speech, the others by `harmful`; F1, precision, recall and false blocks are of "
+        "the verdict."
     )
     header = _headed("stand-in", _RANKED)
     return Table("Stand-ins for public benchmarks", header, rows, note)
+
+
+def _places(some: Sequence[Row]) -> Iterator[tuple[str, int, list[Row]]]:
+    """Heading, column and rows of each place, and of its sources where there are several."""
+    by_source = _grouped(some)
+    for place in dict.fromkeys(stand_in.place for stand_in in STAND_INS.values()):
+        names = [name for name in by_source if STAND_INS[name].place == place]
+        if not names:
+            continue
+        column = COLUMNS.index(STAND_INS[names[0]].column)
+        every = [row for name in names for row in by_source[name]]
+        yield f"{place} ({', '.join(names)})", column, every
+        if len(names) > 1:
+            for name in names:
+                yield f"{place}: {name}", column, by_source[name]
+
+
+def _blocking_everything(some: Sequence[Row]) -> System:
+    known = {row.id: np.ones((1, len(COLUMNS))) for row in some}
+    return System("blocking everything", dict.fromkeys(THRESHOLD_KEYS, 0.5), known)
 
 
 def by_harm(systems: Sequence[System], part: str, some: Sequence[Row]) -> Table:

@@ -11,7 +11,7 @@ from training import rows, sources
 from training.measure import SURE
 from training.rows import Parts, Row
 
-_UNSEEN, _LONG, _STAND_IN = 3, 2, 4  # times the sample: there are few such sources
+_UNSEEN, _LONG, _STAND_IN = 3, 2, 8  # times the sample: there are few such sources
 
 
 class StandIn(NamedTuple):

@@ -26,12 +26,12 @@ def show(table: Table, console: Console) -> None:
     whole = [table.header, *(row for row in filled if len(row) > 1)]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     console.print(f"\n{table.title}", style="bold", highlight=False)
-    console.print(_aligned(table, table.header, widths), style="dim", highlight=False)
+    console.print(_aligned(table, table.header, widths), style="dim", soft_wrap=True)
     for row in filled:
         if len(row) == 1:
             console.print(f"{row[0]}", style="bold cyan", highlight=False)
         else:
-            console.print(_aligned(table, row, widths), highlight=False)
+            console.print(_aligned(table, row, widths), soft_wrap=True)
     if table.note:
         console.print(table.note, style="dim", highlight=False)
 

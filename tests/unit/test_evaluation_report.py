@@ -78,7 +78,8 @@ def test_a_column_that_is_not_judged_has_no_figures() -> None:
 
 
 def chosen(some: Sequence[Row]) -> Sets:
-    return Sets([], [], [], list(some), list(some), list(some), list(some))
+    stand_ins = [row for row in some if row.source in sets.STAND_INS]
+    return Sets([], [], [], list(some), list(some), list(some), stand_ins)
 
 
 def everything(names: Sequence[str]) -> tuple[list[System], Sets]:
@@ -96,13 +97,6 @@ def everything(names: Sequence[str]) -> tuple[list[System], Sets]:
     return [System(name, DEFAULT_THRESHOLDS, known) for name in names], chosen(some)
 
 
-@pytest.fixture
-def stand_in_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {"or_bench_hard": sets.StandIn("prompts")}
-    monkeypatch.setattr(report, "STAND_INS", {**sets.STAND_INS, **known})
-
-
-@pytest.mark.usefixtures("stand_in_sources")
 def test_every_table_has_every_system_and_reads_as_json() -> None:
     """Each table is as wide as its header, shows on both media, and its JSON has no NaN."""
     names = ["toxicity int8", SERVED, FLOOR]
@@ -119,6 +113,24 @@ def test_every_table_has_every_system_and_reads_as_json() -> None:
     assert {cells[0] for cells in found[0].rows if len(cells) > 1} == set(names)
     harms = {cells[0] for cells in found[4].rows if len(cells) == 1}
     assert harms == set(COLUMNS)
+
+
+def test_stand_ins_of_one_place_are_shown_together_and_apart() -> None:
+    """F1 beside that of blocking everything: 2/3 of rows of which half are harmful."""
+    some = [
+        row(i, source=("beavertails_even", "saferlhf_mini")[i // 4], targets=(float(i % 2),) * 7)
+        for i in range(8)
+    ]
+    known = {r.id: np.full((1, 7), 0.95 * r.targets[0]) for r in some}
+    table = report.stand_ins([System("perfect", DEFAULT_THRESHOLDS, known)], chosen(some))
+    headings = [cells[0] for cells in table.rows if len(cells) == 1]
+    assert headings == [
+        "preference-style answers (beavertails_even, saferlhf_mini)",
+        "preference-style answers: beavertails_even", "preference-style answers: saferlhf_mini",
+    ]  # fmt: skip
+    f1 = {cells[0]: cells[5].value for cells in table.rows[:3] if len(cells) > 1}
+    assert f1 == {"perfect": 1.0, "blocking everything": pytest.approx(2 / 3)}
+    assert [cells[1:3] for cells in table.rows if len(cells) > 1][::2] == [(4, 4), (2, 2), (2, 2)]
 
 
 def test_the_models_together_come_right_before_what_is_served() -> None:
