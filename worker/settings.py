@@ -189,7 +189,8 @@ class Settings(BaseSettings):
     review_key: SecretStr | None = None  # the same for all workers: what is picked is then a secret
 
     # detectors
-    detectors: tuple[str, ...] = ("toxicity",)  # folders under `models`, or python:module:factory
+    # folders under `models`, or python:module:factory; these two: a segment alone, and in context
+    detectors: tuple[str, ...] = ("toxicity", "context")
     models: Path = HERE / "models"
     infer_threads: int = Field(2, ge=1)  # one session, called from this many threads
     max_batch_tokens: int = Field(1_024, ge=1)  # padded; one batch a thread at a time
