@@ -135,7 +135,7 @@ SHARED = LocalHelper(FOLDER)
 def test_a_token_over_the_seam_is_an_error(local: LocalHelper) -> None:
     """ "#" and "##" become one token: there is no cut between them."""
     with pytest.raises(ValueError, match="reaches over the seam"):
-        local.split("a #", "a ###")
+        local.split("a #", "a ### and more than that")
     with pytest.raises(ValueError, match="reaches over the seam"):
         local.split("a", "a")
 

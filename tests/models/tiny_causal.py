@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-KINDS = ("llama", "qwen2", "gpt2", "gpt_neox")
+KINDS = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox")
 SERVED = Path(__file__).parent / "causal"
 START = "<|endoftext|>"
 _MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "the"), ("e", "r"), ("o", "u"), ("#", "#"),
@@ -47,8 +47,10 @@ def checkpoint(kind: str, folder: Path, **changes: Any) -> Path:
         "pad_token_id": 0,
         "tie_word_embeddings": False,
     }
-    if kind in ("llama", "qwen2"):
+    if kind in ("llama", "mistral", "qwen2"):
         settings["num_key_value_heads"] = 2
+    if kind == "mistral":
+        settings["sliding_window"] = None  # as from version 0.2 on
     config = AutoConfig.for_model(kind, **(settings | changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
