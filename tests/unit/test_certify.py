@@ -306,6 +306,30 @@ def test_a_tenant_that_wants_approval_is_asked() -> None:
     assert in_force(it.record) == 0.7
 
 
+def test_a_pending_proposal_is_not_buried() -> None:
+    """Compaction keeps the last record alone: one that moves nothing must not take its place."""
+    it = Learner(policy(bounds={"violence": (0.5, 0.8)}), start=0.95)
+    it.tell([False] * 20, score=0.75)
+    it.tell([True] * 90, score=0.801)
+    assert (it.record.status, it.record.threshold) == ("applied", 0.75)
+    complain(it, range(1_000, 1_100), score=0.79)
+    it.test()
+    assert it.record.status == "proposed"
+    it.now_ms = 2_000
+    it.tell([True] * 140, score=0.75)
+    assert it.record.status == "proposed"
+
+
+def complain(it: Learner, numbers: range, score: float) -> None:
+    """About every other one of so many blocked decisions."""
+    for number in numbers:
+        blocked = judged(number, score, picked_with=None, harm="violence")
+        it.evidence.blocked(blocked)
+        if number % 2:
+            one = label(number, False, f"u{number}", score, picked_with=None)
+            it.evidence.add(one, blocked, number)
+
+
 def test_an_operators_threshold_stays() -> None:
     """Until an operator hands it back; an alarm is told once."""
     it = Learner()
@@ -416,12 +440,7 @@ def test_complaints_only_ask() -> None:
     """They can come from anybody, so nothing moves without a person's word."""
     it = Learner()
     it.tell([True] * 100)
-    for number in range(1_000, 1_100):
-        blocked = judged(number, 0.8, picked_with=None, harm="violence")
-        it.evidence.blocked(blocked)
-        if number % 2:
-            one = label(number, False, f"u{number}", 0.8, picked_with=None)
-            it.evidence.add(one, blocked, number)
+    complain(it, range(1_000, 1_100), score=0.8)
     it.test()
     assert (it.record.status, in_force(it.record), it.record.alarm) == ("proposed", 0.5, True)
     assert it.record.threshold > 0.5
