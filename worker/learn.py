@@ -96,7 +96,8 @@ class Learner(ConsumerRebalanceListener):
         request_ms = max(settings.request_timeout_ms, rebalance_ms + 5_000)
         self._group = AIOKafkaConsumer(
             **(client_settings(settings) | {"request_timeout_ms": request_ms}),
-            group_id=f"{settings.group_id}-learn", enable_auto_commit=False,
+            group_id=f"{settings.group_id}-learn",
+            group_instance_id=settings.group_instance_id, enable_auto_commit=False,
             auto_offset_reset="latest", session_timeout_ms=settings.session_timeout_ms,
             heartbeat_interval_ms=settings.heartbeat_interval_ms,
             max_poll_interval_ms=settings.max_poll_interval_ms, rebalance_timeout_ms=rebalance_ms,

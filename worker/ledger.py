@@ -241,7 +241,7 @@ class Ledger:
         self._letters_in_row = 0
         if heard.counts or heard.why in _KEPT:
             self._entries.append(_heard(self.clock_ms, label, judged))
-            self._settle(self.clock_ms)  # an alarm by complaints rings at once
+            self._settle(self.clock_ms, complained=True)  # an alarm by complaints rings at once
 
     def _add(self, label: Label, judged: Judged | None) -> Accepted | Rejected:
         if judged is not None:
@@ -278,26 +278,30 @@ class Ledger:
             self.clock_ms = now_ms
             self._settle(now_ms)
 
-    def _settle(self, at_ms: int) -> None:
+    def _settle(self, at_ms: int, complained: bool = False) -> None:
         for claim in self._evidence.settle(at_ms):
             self._tests += 1
-            record = self._propose(claim, at_ms)
+            record = self._propose(claim, at_ms if complained else None)
             if record is not None:
                 self._thresholds.append(record)
                 self._entries.append(Published(record, self._tests))
                 self._put_in_force(record)
 
-    def _propose(self, claim: Claim, at_ms: int) -> ThresholdRecord | None:
+    def _propose(self, claim: Claim, now_ms: int | None) -> ThresholdRecord | None:
+        """now_ms: by default the instant at which the claim's last decision was settled, so that
+        a record does not say when somebody happened to look."""
         policy = self._settings.tenant(claim.tenant)
         if claim.model != self._model or claim.harm in policy.thresholds:
             return None  # of a model that does not serve, or fixed in the settings
         self._ensure(claim.tenant, claim.harm)
         current = self._records[claim.tenant, claim.harm]
-        record = propose(self._evidence.snapshot(claim), policy.learn, current, at_ms)
+        tally = self._evidence.snapshot(claim)
+        now_ms = tally.settled_ms if now_ms is None else now_ms
+        record = propose(tally, policy.learn, current, now_ms)
         if record is None:
             return None
         version = self._versions.get(claim.tenant, 0) + 1
-        return msgspec.structs.replace(record, version=version, ts_ms=at_ms)
+        return msgspec.structs.replace(record, version=version, ts_ms=now_ms)
 
     def _put_in_force(self, record: ThresholdRecord) -> None:
         self._records[record.tenant, record.harm] = record

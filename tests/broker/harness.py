@@ -190,7 +190,7 @@ class Bed:
         ended = subprocess.run(
             [sys.executable, "-m", "worker.cli", *arguments], env=self._environment({}),
             cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, check=False, timeout=60,
+            stderr=subprocess.STDOUT, text=True, check=False, timeout=180,
         )  # fmt: skip
         assert ended.returncode == code, ended.stdout
         return ended.stdout

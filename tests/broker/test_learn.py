@@ -1,18 +1,35 @@
 """Labels to thresholds on a real broker: a live worker follows; learners are killed, doubled."""
 
+import asyncio
 import json
+import os
 import random
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tests.broker.harness import Bed, Input, Tail, delta, eventually, until
-from worker.events import ThresholdRecord
-from worker.ledger import Entry, Heard
+from tests.broker.harness import (
+    Bed,
+    Input,
+    Tail,
+    WorkerProcess,
+    delta,
+    eventually,
+    in_background,
+    until,
+)
+from tests.fakes import SaysDetector
+from worker.detect import model_id
+from worker.events import Review, ThresholdRecord
+from worker.feedback import Judged
+from worker.ledger import Entry, Heard, Ledger
+from worker.merge import Merge
 from worker.settings import LearnPolicy, ReviewPolicy, TenantPolicy
 
+KILLS = int(os.environ.get("TIDEGATE_LEARN_KILLS", "20"))
 REVIEWERS = ("ann", "bob", "cem", "dora")
 # As few labels as may be: everything is reviewed, and four right answers in five will do.
 LEARN: dict[str, Any] = {
@@ -180,3 +197,178 @@ async def test_a_proposal_waits_for_an_operator(kafka: str, unique: str, tmp_pat
         assert (after["verdict"], after["thresholds_version"]) == ("block", len(found))
         assert len(labelled := await heard(it)) == 251
         assert len({entry.judged.decision_id for entry in labelled}) == 251
+
+
+async def learnt_alone(it: Bed) -> tuple[list[Heard], list[ThresholdRecord], set[tuple[int, int]]]:
+    """What one learner that nothing disturbs makes of the same topics, without a broker: labels
+    that count, thresholds, dead letters."""
+    names = it.settings
+    detector = SaysDetector()
+    ledger = Ledger(names, detector.thresholds, model_id((detector,)))
+    for record in await it.read(names.review_topic):
+        review = msgspec.json.decode(record.value, type=Review)
+        ledger.see_review(Judged.of(review, review.least))
+    merge, labels = Merge(it.partitions), await it.read(names.feedback_topic)
+    for record in labels:
+        merge.feed(
+            record.partition, record.offset, record.timestamp, record.key, record.value, 2**60
+        )
+    for raw in merge.ready(2**60, len(labels)):
+        ledger.hear(raw, is_last_try=True)
+    ledger.settle(2**50)
+    output = ledger.take(drain=True)
+    assert output is not None
+    letters = {(letter.partition, letter.offset) for letter in output.dead_letters}
+    return [e for e in output.entries if isinstance(e, Heard)], output.thresholds, letters
+
+
+async def check_against_undisturbed(it: Bed) -> list[ThresholdRecord]:
+    """The same labels, in the same order, for the same thresholds; each once; the history."""
+    expected, thresholds, letters = await learnt_alone(it)
+    await eventually(lambda: has_heard(it, len(expected)), 60.0, f"{len(expected)} labels count")
+    assert await heard(it) == expected
+    found = thresholds_of(await it.read(it.settings.thresholds_topic))
+    assert found == thresholds
+    buried = [dict(letter.headers) for letter in await it.read(it.settings.dead_letters_topic)]
+    places = [(int(it["partition"]), int(it["offset"])) for it in buried]
+    assert sorted(places) == sorted(letters), "a dead letter is missing, or there twice"
+    return found
+
+
+async def review_topic_filled(it: Bed, rng: random.Random, count: int) -> list[dict[str, Any]]:
+    """Outputs, decided by a worker that is gone when this returns; labels of all of them."""
+    async with Tail(it.bootstrap_servers, it.settings.review_topic) as reviews:
+        worker = it.start_worker()
+        await it.produce(spread(rng, count))
+        await reviews.has_records(count, timeout_s=120.0)
+        worker.kill()
+        return review_all(reviews.records, rng)
+
+
+def with_nonsense(rng: random.Random, labels: Sequence[dict[str, Any]]) -> list[Input]:
+    """The labels, some wrong, some twice, some forged, and some that nobody can read."""
+    out: list[Input] = []
+    for fields in labels:
+        wrong = rng.random() < 0.05
+        out.append(as_input(fields | {"harmful": fields["harmful"] ^ wrong}))
+        chance = rng.random()
+        if chance < 0.05:
+            out.append(out[-1])
+        elif chance < 0.08:
+            out.append(as_input(fields | {"score": 0.123}))
+        elif chance < 0.10:
+            out.append(as_input(fields | {"decision_id": "made-up"}))
+        elif chance < 0.12:
+            out.append(Input(b"key", b"{nope"))
+    return out
+
+
+async def test_learner_killed_again_and_again(kafka: str, unique: str, tmp_path: Path) -> None:
+    """Killed 20 times while labels come: the thresholds, record by record, are those of a learner
+    that nothing disturbs; no label counts twice, none is lost."""
+    rng = random.Random(3)
+    # A static member takes its place again at once: kills follow each other quickly.
+    async with bed(
+        kafka, unique, tmp_path, group_instance_id="learner", learn_grace_ms=3_000,
+        tenants=tenants(settle_ms=200, test_every=5),
+    ) as it:  # fmt: skip
+        labels = with_nonsense(rng, await review_topic_filled(it, rng, KILLS * 40))
+        produce = it.produce(labels, per_second=KILLS * 40 / 60, topic=it.settings.feedback_topic)
+        async with in_background(produce):
+            for _ in range(KILLS):
+                learner = it.start_learner()
+                await learner.has_led(timeout_s=120.0)
+                await asyncio.sleep(rng.uniform(0.0, 2.0))
+                learner.kill()
+        last = it.start_learner()
+        await last.has_led(timeout_s=120.0)
+        found = await check_against_undisturbed(it)
+        assert any(record.threshold < record.previous for record in found)
+        assert last.running
+
+
+async def test_two_learners_publish_nothing_twice(kafka: str, unique: str, tmp_path: Path) -> None:
+    """One leads, one stands by. The leader is frozen until the other leads, and woken: what it had
+    in hand it cannot publish."""
+    rng = random.Random(4)
+    async with bed(
+        kafka, unique, tmp_path, learn_grace_ms=3_000, tenants=tenants(settle_ms=200, test_every=5)
+    ) as it:
+        labels = with_nonsense(rng, await review_topic_filled(it, rng, 400))
+        learners = [it.start_learner(), it.start_learner()]
+        produce = it.produce(labels, per_second=20, topic=it.settings.feedback_topic)
+        await until(lambda: bool(leading(learners)), 120.0, "one leads")
+        async with in_background(produce):
+            for _ in range(2):
+                (leader,) = leading(learners)
+                other = next(learner for learner in learners if learner is not leader)
+                before = len(other.events("learner.leads"))
+                leader.signal(signal.SIGSTOP)
+                await other.has_led(before + 1, timeout_s=60.0)
+                leader.signal(signal.SIGCONT)
+                await asyncio.sleep(4.0)
+        await check_against_undisturbed(it)
+        assert all(learner.running for learner in learners)
+        assert any(learner.events("learner.lost") for learner in learners), "nothing was at stake"
+
+
+def leading(learners: Sequence[WorkerProcess]) -> list[WorkerProcess]:
+    """The one that took the lead last."""
+    led = [(it.events("learner.leads")[-1]["at"], n) for n, it in enumerate(learners)
+           if it.events("learner.leads")]  # fmt: skip
+    return [learners[max(led)[1]]] if led else []
+
+
+async def test_updates_reach_a_busy_worker_within_a_second(
+    kafka: str, unique: str, tmp_path: Path
+) -> None:
+    """200 updates while segments are judged: 99 in 100 are in force within 1 s, decisions go on
+    meanwhile, and what makes no sense changes nothing."""
+    rng = random.Random(5)
+    async with bed(kafka, unique, tmp_path) as it:
+        worker = it.start_worker()
+        await worker.has_loaded(it.partitions)
+        load = [said(f"load{n}", rng.random()) for n in range(1_500)]
+        async with Tail(kafka, it.settings.decisions_topic) as decisions:
+            async with in_background(it.produce(load, per_second=50)):
+                await decisions.has_records(1)
+                for version in range(1, 201):
+                    bad = Input(b"default/violence", b'{"threshold": 2}')
+                    good = threshold(version, 0.5 + version / 1_000)
+                    await it.produce([bad, good], topic=it.settings.thresholds_topic)
+                    await asyncio.sleep(0.05)
+            await decisions.has_finals(1_500)
+        applied = worker.events("threshold.applied")
+        assert len(applied) == 200
+        assert len(worker.events("threshold.unreadable")) == 200
+        late_ms = sorted(event["late_ms"] for event in applied)
+        print(f"late by {late_ms[100]} ms (p50), {late_ms[197]} ms (p99), {late_ms[-1]} ms at most")  # noqa: T201
+        assert late_ms[197] < 1_000
+        made = [json.loads(record.value) for record in decisions.records]
+        versions = {d["thresholds_version"] for d in made}
+        assert len(versions) > 50, "the worker applies them between decisions"
+        for d in made:
+            version = d["thresholds_version"]
+            limit = 0.5 + version / 1_000 if version else 0.7
+            assert (d["verdict"] == "block") == (d["scores"]["violence"] > limit), d
+
+
+def threshold(version: int, value: float) -> Input:
+    record = ThresholdRecord(
+        tenant="default", harm="violence", threshold=value, previous=value, version=version,
+        method="operator",
+    )  # fmt: skip
+    return Input(b"default/violence", msgspec.json.encode(record))
+
+
+async def test_a_missing_topic_is_named(kafka: str, unique: str, tmp_path: Path) -> None:
+    """Learner and worker end at once, saying what to do; nothing is created by asking."""
+    async with bed(kafka, unique, tmp_path) as it:
+        missing = f"{unique}.nowhere"
+        for process, names in (
+            (it.start_worker(thresholds_topic=missing), "thresholds"),
+            (it.start_learner(evidence_topic=missing), "evidence"),
+        ):
+            assert await process.exit_code(60.0) == 1, names
+            assert f"topic {missing} is missing" in process.tail()
+            assert "tidegate topics" in process.tail()
