@@ -32,6 +32,7 @@ _PRIOR = -math.log(len(STAKES))  # log share of the money on each stake
 _FIRST_EPOCH = 0.8  # of delta; the later ones share the rest
 _RECALLS = np.linspace(0.0, 1.0, 101)  # candidates for the recall interval
 _MORE = 1.2  # times the labels of the last record: fewer are no news by themselves
+_ENDLESS = 100_000  # labels that nobody will ever give
 _GUESS_AFTER = 5  # decisions above a candidate; with fewer the rate of growth is a guess
 _STEP = 0.05
 _STEP_UP_BELOW, _STEP_DOWN_ABOVE = 0.8, 0.95  # precision
@@ -372,7 +373,8 @@ def _labels_needed(stakes: FloatArray, counted: int, goal: Goal, delta: float) -
     growing = rates > 0.0
     if not growing.any():
         return None
-    return max(1, math.ceil(float(((goes_to - stakes[growing]) / rates[growing]).min())))
+    needed = math.ceil(float(((goes_to - stakes[growing]) / rates[growing]).min()))
+    return max(1, needed) if needed < _ENDLESS else None
 
 
 def _is_news(draft: ThresholdRecord, current: ThresholdRecord) -> bool:

@@ -314,10 +314,10 @@ def test_a_pending_proposal_is_not_buried() -> None:
     assert (it.record.status, it.record.threshold) == ("applied", 0.75)
     complain(it, range(1_000, 1_100), score=0.79)
     it.test()
-    assert it.record.status == "proposed"
-    it.now_ms = 2_000
-    it.tell([True] * 140, score=0.75)
-    assert it.record.status == "proposed"
+    proposed, it.now_ms = it.records[-1], 2_000
+    assert proposed.status == "proposed"
+    it.tell([True] * 200, score=0.75)
+    assert it.records[-1] is proposed
 
 
 def complain(it: Learner, numbers: range, score: float) -> None:
