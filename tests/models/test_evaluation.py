@@ -12,12 +12,14 @@ from detectors.combine import Combination
 from detectors.constant import Constant
 from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS
 from detectors.keywords import Keywords
+from detectors.load import load_combination, load_detectors
 from detectors.protocol import Encoded, FloatArray, Passage, Turn
 from detectors.segments import DEFAULT_LIMITS
 from tests.fakes import RowDetector
-from training import early, scores, windows
+from training import early, scores, systems, windows
 from training.rows import Row
-from training.scores import OfFolder, judge
+from training.scores import judge
+from training.systems import System
 from worker import detect
 from worker.events import Decision
 from worker.offline import Line, Offline, Scores
@@ -47,7 +49,9 @@ def rows() -> list[Row]:
     return [row(text, number) for number, text in enumerate(TEXTS)]
 
 
-def said_by_moderate(some: Sequence[Row]) -> dict[str, Mapping[str, object]]:
+def said_by_moderate(
+    some: Sequence[Row], detectors: tuple[str, ...]
+) -> dict[str, Mapping[str, object]]:
     """The lines of `--scores-only`, by stream."""
     lines: dict[str, Mapping[str, object]] = {}
     kept = Scores()
@@ -60,7 +64,7 @@ def said_by_moderate(some: Sequence[Row]) -> dict[str, Mapping[str, object]]:
     async def chunks() -> AsyncIterator[list[Line]]:
         yield [Line(number, _record(one)) for number, one in enumerate(some, 1)]
 
-    settings = Settings(models=MODELS, detectors=("toxicity",), hold_timeout_ms=60_000)
+    settings = Settings(models=MODELS, detectors=detectors, hold_timeout_ms=60_000)
     asyncio.run(Offline(settings, write, lambda *_: None).run(chunks()))
     return lines
 
@@ -71,15 +75,22 @@ def _record(one: Row) -> bytes:
     return json.dumps(fields).encode()
 
 
-def test_scores_and_verdicts_are_those_of_moderate() -> None:
-    """Models, keywords, short texts, and nothing judged behind a block: to the last digit."""
-    model = OfFolder(MODELS / "toxicity", "toxicity")
-    keywords = Keywords.load(HERE / "detectors" / "keywords.toml")
+@pytest.mark.parametrize("names", [("toxicity",), ("toxicity", "context")])
+def test_scores_and_verdicts_are_those_of_moderate(names: tuple[str, ...]) -> None:
+    """Models, what they make together, keywords, short texts, nothing judged behind a block."""
     some = rows()
-    segments = [model.score(windows.judged(one)) for one in some]
-    found = judge(some, scores.with_keywords(keywords, some, segments), model.thresholds)
-    lines = said_by_moderate(some)
-    assert sum(found.blocked) >= 3  # else little is compared
+    detectors = load_detectors(names, MODELS)
+    alone = [
+        System(
+            detector.name, detector.thresholds,
+            {one.id: detector.score(detector.encode(windows.judged(one))) for one in some},
+        )
+        for detector in detectors
+    ]  # fmt: skip
+    whole = systems._together(alone, load_combination(MODELS, detectors))
+    found = systems._served(whole, some).judged(some)
+    lines = said_by_moderate(some, names)
+    assert 2 <= sum(found.blocked) < len(some)  # else little is compared
     for one, highest, blocked in zip(some, found.highest, found.blocked, strict=True):
         line = lines[one.id]
         assert line["verdict"] == ("block" if blocked else "allow")
