@@ -72,8 +72,8 @@ class History:
                 self._say(rng, at_ms, b"{")
             if rng.random() < 0.05:
                 self._say(rng, at_ms, label(it, False, f"user{at_ms}", picked_with=None))
-        for partition in self.log:
-            partition.sort(key=lambda record: record[0])
+        for partition in self.log:  # a clock is set back now and then
+            partition.sort(key=lambda record: record[0] + (record[0] % 7 == 0) * 40)
 
     def _say(self, rng: random.Random, at_ms: int, value: bytes) -> None:
         self.log[rng.randrange(PARTITIONS)].append((at_ms, value))
@@ -106,8 +106,9 @@ class Drive:
             self.ledger.see_review(it)
         for number, it in enumerate(self._history.decisions):
             self.ledger.see_decision(0, number, it if it.harm else None)
-        self._merge = Merge(PARTITIONS)
-        self._next = [self.ledger.feedback.get(p, 0) for p in range(PARTITIONS)]
+        places = self.ledger.feedback
+        self._merge = Merge(PARTITIONS, {it: place.at_ms for it, place in places.items()})
+        self._next = [places[p].offset if p in places else 0 for p in range(PARTITIONS)]
 
     def run(self) -> list[ThresholdRecord]:
         """Everything that is published, in order."""

@@ -126,7 +126,10 @@ class Learner(ConsumerRebalanceListener):
         await self._reach(self._group.start)
         while True:
             self.beat = time.monotonic()
-            await self._group.getmany(timeout_ms=200)
+            try:
+                await self._group.getmany(timeout_ms=200)
+            except KafkaError as error:  # whether we are still a member shows in our transactions
+                log.warning("group.failed", error=type(error).__name__)
             await asyncio.sleep(_TICK_S)
 
     async def _check_topics(self) -> None:
@@ -243,7 +246,8 @@ class Term:
             await follower.open()
         await self._find_labels()
         await self._find_decisions()
-        self._merge = Merge(len(self._labels.partitions))
+        latest = {it: place.at_ms for it, place in self._ledger.feedback.items()}
+        self._merge = Merge(len(self._labels.partitions), latest)
         log.info(
             "learner.leads", labels=labels, picked=len(self._ledger.picked),
             blocked=len(self._ledger.blocked), seconds=round(time.monotonic() - start, 2),
@@ -282,11 +286,12 @@ class Term:
             await follower.close()
 
     async def _find_labels(self) -> None:
+        places = self._ledger.feedback
         begins = await self._labels.begins()
-        self._labels.seek(
-            {it: max(begin, self._ledger.feedback.get(it.partition, 0))
-             for it, begin in begins.items()}
-        )  # fmt: skip
+        for it, begin in begins.items():
+            if it.partition in places:
+                begins[it] = max(begin, places[it.partition].offset)
+        self._labels.seek(begins)
 
     async def _find_decisions(self) -> None:
         """Read the latest of both kinds; decisions from where they were not counted, at least."""

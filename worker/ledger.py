@@ -59,12 +59,19 @@ class Published(msgspec.Struct, frozen=True, tag="published", tag_field="kind"):
     test: int = 0  # the number of the test that led to it; 0: an operator's word
 
 
+class Place(NamedTuple):
+    """How far a partition's labels are taken."""
+
+    offset: int  # the next one
+    at_ms: int  # the last one's time: its successor's is not before it
+
+
 class Mark(msgspec.Struct, frozen=True, tag="mark", tag_field="kind"):
     """Where to go on, and what was counted since the last mark."""
 
     clock_ms: int = 0  # everything is settled up to here
-    feedback: dict[int, int] = {}  # partition -> next offset
-    decisions: dict[int, int] = {}  # likewise
+    feedback: dict[int, Place] = {}  # by partition
+    decisions: dict[int, int] = {}  # partition -> next offset
     blocked: list[tuple[Claim, int]] = []
 
 
@@ -117,8 +124,8 @@ class Ledger:
         self.picked = Register(settings.learn_register)
         self.blocked = Register(settings.learn_register)
         self.clock_ms = 0
-        self.feedback: dict[int, int] = {}  # partition -> next offset
-        self.decisions: dict[int, int] = {}
+        self.feedback: dict[int, Place] = {}  # by partition
+        self.decisions: dict[int, int] = {}  # partition -> next offset
         self._entries: list[Entry] = []
         self._thresholds: list[ThresholdRecord] = []
         self._letters: list[DeadLetter] = []
@@ -197,7 +204,12 @@ class Ledger:
         self.decisions[partition] = offset + 1
         self._moved = True
         if judged is not None and judged.harm is not None and judged.stage not in NOT_SCORED:
-            claim = Claim(judged.tenant, judged.harm, judged.model)
+            self._block(Claim(judged.tenant, judged.harm, judged.model))
+
+    def _block(self, claim: Claim) -> None:
+        """Count a block of a tenant that is known: names come from outside, in any number."""
+        named = claim.tenant in self._settings.tenants or claim.tenant == "default"
+        if named or (claim.tenant, claim.harm) in self._records:
             self._blocks[claim] = self._blocks.get(claim, 0) + 1
 
     def _count(self, blocked: list[tuple[Claim, int]]) -> None:
@@ -249,7 +261,7 @@ class Ledger:
         return self._evidence.add(label, judged, self.clock_ms)
 
     def _pass(self, raw: Raw) -> None:
-        self.feedback[raw.partition] = raw.offset + 1
+        self.feedback[raw.partition] = Place(raw.offset + 1, raw.at_ms)
         self._moved = True
 
     def _bury(self, raw: Raw, reason: str, field: str) -> None:

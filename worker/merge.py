@@ -22,9 +22,10 @@ class Raw(NamedTuple):
 class Merge:
     """Holds records back until no earlier one can come."""
 
-    def __init__(self, partitions: int) -> None:
+    def __init__(self, partitions: int, latest_ms: Mapping[int, int] | None = None) -> None:
+        """latest_ms: of partitions that were read before, the time of the last record taken."""
         self._queues: list[deque[Raw]] = [deque() for _ in range(partitions)]
-        self._latest = [0] * partitions  # timestamp fed
+        self._latest = [(latest_ms or {}).get(it, 0) for it in range(partitions)]
 
     def feed(
         self, partition: int, offset: int, timestamp_ms: int, key: bytes | None,
