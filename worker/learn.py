@@ -344,8 +344,9 @@ class Term:
     async def _step(self) -> None:
         """Read labels, take those whose turn it is, test, publish."""
         self._check()
-        wall_ms = time.time_ns() // 1_000_000
-        for record in await self._labels.poll():
+        records = await self._labels.poll()
+        wall_ms = time.time_ns() // 1_000_000  # now, not before: what has just come is not early
+        for record in records:
             self._merge.feed(
                 record.partition, record.offset, record.timestamp, record.key, record.value,
                 wall_ms,
