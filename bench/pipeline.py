@@ -25,6 +25,7 @@ from detectors.protocol import Detector, Passage, Turn
 
 HERE = Path(__file__).resolve().parent.parent
 AIMS = {"int8": 3.8, "fp32": 2.1}
+TURN = 5  # texts; the machine's mood lasts longer
 Judge = Callable[[Passage], Any]
 
 
@@ -75,12 +76,12 @@ def pipeline(base: str) -> Judge:
     return judge
 
 
-def speed(judge: Judge, passages: Sequence[Passage]) -> float:
-    """Texts a second."""
+def seconds(judge: Judge, passages: Sequence[Passage]) -> float:
+    """To judge them all, one by one."""
     start = time.perf_counter()
     for passage in passages:
         judge(passage)
-    return len(passages) / (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def tokens(detector: Detector, passages: Sequence[Passage]) -> float:
@@ -88,8 +89,8 @@ def tokens(detector: Detector, passages: Sequence[Passage]) -> float:
     return statistics.mean(encoded.tokens for encoded in detector.encode(passages))
 
 
-def judges(model: Path, runs: Path) -> tuple[dict[str, Judge], Detector]:
-    """What is compared, by name; and our detector."""
+def judges(model: Path, runs: Path, beside: Path | None) -> dict[str, Judge]:
+    """What is compared, by name."""
     from training.scores import fp32_twin
 
     manifest = json.loads((model / "manifest.json").read_bytes())
@@ -99,20 +100,36 @@ def judges(model: Path, runs: Path) -> tuple[dict[str, Judge], Detector]:
     twin = fp32_twin(model, runs)
     if twin is not None:
         found["fp32"] = ours(load_detector(twin.name, twin.parent))
-    return found, detector
+    if beside is not None:
+        other = ours(load_detector(beside.name, beside.parent))
+        found["both int8"] = both(found["int8"], other)
+    return found
+
+
+def both(first: Judge, second: Judge) -> Judge:
+    """One after the other, as the worker asks two detectors."""
+    return lambda passage: (first(passage), second(passage))
 
 
 def measure(
     peers: dict[str, Judge], texts: Callable[[int, int], list[Passage]], count: int, runs: int
 ) -> dict[str, list[float]]:
-    """Texts a second of each, every run on texts of its own, in another order."""
+    """Texts a second of each, every run on texts of its own.
+
+    They take turns every few texts, in any order: whatever else the machine does hits all alike.
+    """
     rows: dict[str, list[float]] = {name: [] for name in peers}
     for judge in peers.values():
-        speed(judge, texts(count // 4, 999))  # warm-up
+        seconds(judge, texts(count // 4, 999))  # warm-up
+    chance = random.Random(0)
     for run in range(runs):
         passages = texts(count, run)
-        for name in random.Random(run).sample(list(peers), len(peers)):
-            rows[name].append(speed(peers[name], passages))
+        spent = dict.fromkeys(peers, 0.0)
+        for begin in range(0, count, TURN):
+            for name in chance.sample(list(peers), len(peers)):
+                spent[name] += seconds(peers[name], passages[begin : begin + TURN])
+        for name in peers:
+            rows[name].append(count / spent[name])
     return rows
 
 
@@ -123,16 +140,24 @@ def main() -> None:
         )
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=HERE / "models" / "toxicity")
+    parser.add_argument(
+        "--model", type=Path, default=HERE / "models" / "context",
+        help="one that reads segments alone is compared on those alone",
+    )  # fmt: skip
+    parser.add_argument("--beside", type=Path, help="a model that serves with it")
     parser.add_argument("--run-folders", type=Path, default=HERE / "runs")
     parser.add_argument("--texts", type=int, default=60, help="a run")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {arguments.core})
-    peers, detector = judges(arguments.model, arguments.run_folders)
+    peers = judges(arguments.model, arguments.run_folders, arguments.beside)
+    detector = load_detector(arguments.model.name, arguments.model.parent)
+    kinds = {"as served": served, "segments alone": alone}
+    if tokens(detector, served(9, 0)) == tokens(detector, alone(9, 0)):
+        del kinds["as served"]  # it would read less than the pipeline
     figures: dict[str, Any] = {}
-    for name, texts in (("as served", served), ("segments alone", alone)):
+    for name, texts in kinds.items():
         rows = measure(peers, texts, arguments.texts, arguments.runs)
         ratios = {
             peer: [mine / theirs for mine, theirs in zip(of, rows["pipeline"], strict=True)]
@@ -142,7 +167,7 @@ def main() -> None:
         report.show(
             f"One core, one text at a time, {name}: {mean:.0f} tokens a text",
             ("", "texts/s", "x pipeline", "aimed at"),
-            [(peer, report.spread(rows[peer]), _ratio(ratios[peer]), f"{AIMS.get(peer, 1):g}")
+            [(peer, report.spread(rows[peer]), _ratio(ratios[peer]), f"{AIMS.get(peer, '')}")
              for peer in peers],
         )  # fmt: skip
         figures[name] = {"tokens": mean, "texts_s": rows, "ratios": ratios}
