@@ -73,15 +73,25 @@ class MarkerDetector(HashDetector):
 
     def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
         """One window that says whether the marker is there."""
-        return [_marked(passage) for passage in passages]
+        return [_counted(MARKER, passage) for passage in passages]
 
     def score(self, batch: Sequence[Encoded]) -> FloatArray:
         """(B, 7) 0.95 for violence and `harmful` where the marker is, else 0.01."""
-        rows = np.full((len(batch), len(COLUMNS)), 0.01)
-        for row, encoded in zip(rows, batch, strict=True):
-            if encoded.windows[0].ids[0]:
-                row[[0, -1]] = 0.95
-        return rows
+        return _marked_rows(batch)
+
+
+class KnifeDetector(HashDetector):
+    """Violent is a segment with a knife in it; all else is harmless."""
+
+    digest = "417e" * 8
+
+    def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+        """One window that says whether a knife is there."""
+        return [_counted("knife", passage) for passage in passages]
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        """(B, 7) 0.95 for violence and `harmful` where the knife is, else 0.01."""
+        return _marked_rows(batch)
 
 
 class SaysDetector(HashDetector):
@@ -107,9 +117,17 @@ def _said(passage: Passage) -> Encoded:
     return Encoded((Window(ids, np.zeros_like(ids)),), tokens=1, text_tokens=1)
 
 
-def _marked(passage: Passage) -> Encoded:
-    ids = np.array([MARKER in passage.text], dtype=np.int64)
+def _counted(word: str, passage: Passage) -> Encoded:
+    ids = np.array([word in passage.text], dtype=np.int64)
     return Encoded((Window(ids, np.zeros_like(ids)),), tokens=1, text_tokens=1)
+
+
+def _marked_rows(batch: Sequence[Encoded]) -> FloatArray:
+    rows = np.full((len(batch), len(COLUMNS)), 0.01)
+    for row, encoded in zip(rows, batch, strict=True):
+        if encoded.windows[0].ids[0]:
+            row[[0, -1]] = 0.95
+    return rows
 
 
 def _digested(passage: Passage) -> Encoded:

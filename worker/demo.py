@@ -1,6 +1,7 @@
-"""The whole system on this machine: Kafka, Valkey, workers, a gate, and sample conversations.
+"""The whole system on this machine: Kafka, Valkey, workers, a learner, a gate, conversations.
 
 services -> topics -> workers -> gate <- samples, token by token; what happens -> screen.py
+review items -> reviewer.py -> learner -> thresholds -> workers
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from pydantic import SecretStr
 from rich.text import Text
 
 from worker.errors import Stop
+from worker.events import ThresholdRecord
 from worker.gate import Gate
 from worker.guarded import GateError
 from worker.local import KafkaCluster, LocalServices, _Guard, _tail, local_services, prepare_kafka
+from worker.reviewer import TENANT, Reviewer, environment
 from worker.screen import Board, Sample, Show, View
 from worker.settings import DEFAULT_FILE, HERE, Settings
 from worker.topics import create_topics
@@ -71,14 +74,18 @@ async def play(
             settings = settings.model_copy(update={"bootstrap_servers": services.bootstrap_servers})
             view.progress("creating topics")
             count = await _create_topics(settings)
-            view.progress(f"starting {_WORKERS} workers")
-            crew.start(config, services)
+            view.progress(f"starting {_WORKERS} workers and a learner")
+            crew.start(config, services, environment(settings.tenant("default")))
             try:
                 board.workers = await crew.ready(count)
-                async with Gate(settings, partitions=_PINS) as gate:
+                run = f"demo-{uuid.uuid4().hex[:8]}"
+                async with (
+                    Gate(settings, partitions=_PINS) as gate,
+                    _reviewing(settings, board, view, run),
+                ):
                     await _warm_up(gate)
                     view.begin()
-                    await _play_all(gate, board, view, crew.check)
+                    await _play_all(gate, board, view, run, crew.check)
                 view.finish()
                 if keep_running is not None:
                     keep_running(services.bootstrap_servers)
@@ -145,18 +152,36 @@ async def _create_topics(settings: Settings) -> int:
     return (await create_topics(settings)).partitions
 
 
+@contextlib.asynccontextmanager
+async def _reviewing(settings: Settings, board: Board, view: View, run: str) -> AsyncIterator[None]:
+    """A reviewer beside the streams; what is learnt of the labels goes to the view."""
+    should = {f"{run}/{show.sample.name}": show.sample.should for show in board.shows}
+
+    def learnt(record: ThresholdRecord) -> None:
+        board.learnt.append(record)
+        view.learnt(record)
+
+    async with Reviewer(settings, should.get, learnt) as reviewer:
+        board.labels = lambda: reviewer.labels
+        working = asyncio.create_task(reviewer.work())
+        try:
+            yield
+        finally:
+            working.cancel()
+
+
 # -- workers --------------------------------------------------------------------------------------
 
 
-def _wait_and_run(order_file: str, code: str) -> None:
-    """Runs in the worker's process: load, wait for the order, become `tidegate run`."""
+def _wait_and_run(order_file: str, code: str, command: str) -> None:
+    """Runs in a worker's process, or the learner's: load, wait for the order, become it."""
     import json
     import os
     import sys
     import time
 
     sys.path.insert(0, code)
-    from worker import cli, consume, pipeline  # noqa: F401 - they take a second
+    from worker import cli, consume, learn, pipeline  # noqa: F401 - they take a second
 
     while not os.path.exists(order_file):  # noqa: PTH110 - self-contained
         time.sleep(0.02)
@@ -164,26 +189,31 @@ def _wait_and_run(order_file: str, code: str) -> None:
         order = json.load(file)
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
-    sys.argv = ["tidegate", "run", *order["arguments"]]
+    sys.argv = ["tidegate", command, *order["arguments"]]
     cli.main()
 
 
 class Crew:
-    """The demo's workers, each a `tidegate run` of its own."""
+    """The demo's workers, each a `tidegate run` of its own, and a `tidegate learn`."""
 
     def __init__(self, guard: _Guard) -> None:
         self._kafka: KafkaCluster | None = None
         self._order = guard.directory / "order.json"
-        source = inspect.getsource(_wait_and_run)
-        source += f"\n_wait_and_run({str(self._order)!r}, {str(HERE)!r})"
-        self._logs = [guard.directory / f"worker-{n + 1}.log" for n in range(_WORKERS)]
-        self._processes = [guard.spawn([sys.executable, "-c", source], log) for log in self._logs]
+        self._workers = [guard.directory / f"worker-{n + 1}.log" for n in range(_WORKERS)]
+        self._logs = [*self._workers, guard.directory / "learner.log"]
+        self._processes = [self._spawn(guard, log) for log in self._logs]
 
-    def start(self, config: Path | None, services: LocalServices) -> None:
-        """Have them join: same settings as ours, and the servers that were started here."""
+    def _spawn(self, guard: _Guard, log: Path) -> Any:
+        command = "run" if log in self._workers else "learn"
+        source = inspect.getsource(_wait_and_run)
+        source += f"\n_wait_and_run({str(self._order)!r}, {str(HERE)!r}, {command!r})"
+        return guard.spawn([sys.executable, "-c", source], log)
+
+    def start(self, config: Path | None, services: LocalServices, more: Mapping[str, str]) -> None:
+        """Have them join: same settings as ours, the servers that were started here, and more."""
         self._kafka = services.kafka
         file = config or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
-        environment = {"TIDEGATE_LOG_LEVEL": "INFO"}  # `ready` reads their logs
+        environment = {**more, "TIDEGATE_LOG_LEVEL": "INFO"}  # `ready` reads their logs
         if services.kafka is not None:
             environment["TIDEGATE_BOOTSTRAP_SERVERS"] = services.bootstrap_servers
         if services.valkey is not None:
@@ -202,14 +232,15 @@ class Crew:
             raise Stop(f"Apache Kafka has ended:\n{_tail(self._kafka.log(1))}")
         for process, log in zip(self._processes, self._logs, strict=True):
             if process.poll() is not None:
-                raise Stop(f"a worker ended with exit code {process.returncode}:\n{_tail(log)}")
+                raise Stop(f"{log.stem} ended with exit code {process.returncode}:\n{_tail(log)}")
 
     async def ready(self, count: int) -> list[list[int]]:
-        """The partitions of each worker, once all `count` are taken."""
+        """The partitions of each worker, once all `count` are taken and the learner leads."""
         deadline = time.monotonic() + _READY_S
         while True:
-            owned = [_partitions(log) for log in self._logs]
-            if sum(map(len, owned)) == count and (all(owned) or count < len(owned)):
+            owned = [_partitions(log) for log in self._workers]
+            taken = sum(map(len, owned)) == count and (all(owned) or count < len(owned))
+            if taken and any(it.get("event") == "learner.leads" for it in _events(self._logs[-1])):
                 return owned
             self.check()
             if time.monotonic() > deadline:
@@ -268,9 +299,11 @@ def _events(log: Path) -> Iterator[dict[str, Any]]:
 # -- streams --------------------------------------------------------------------------------------
 
 
-async def _play_all(gate: Gate, board: Board, view: View, check: Callable[[], None]) -> None:
+async def _play_all(
+    gate: Gate, board: Board, view: View, run: str, check: Callable[[], None]
+) -> None:
     """All samples, as many at once as the view has room for. Raises what `check` does."""
-    waiting, run = iter(board.shows), uuid.uuid4().hex[:8]
+    waiting = iter(board.shows)
 
     async def lane() -> None:
         for show in waiting:
@@ -312,7 +345,7 @@ async def _play_one(gate: Gate, show: Show, view: View, run: str) -> None:
 
     show.guarded = gate.guard(
         _model(show), context=[(turn.role, turn.content) for turn in sample.context],
-        stream_id=f"demo-{run}/{sample.name}", on_decision=decided,
+        stream_id=f"{run}/{sample.name}", tenant=TENANT, on_decision=decided,
     )  # fmt: skip
     view.opened(show)
     try:

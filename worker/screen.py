@@ -5,7 +5,7 @@ Both are told the same: a stream opens, text is released, a segment is decided, 
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -19,12 +19,12 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from worker.events import Decision, TurnRecord
+from worker.events import Decision, ThresholdRecord, TurnRecord
 from worker.guarded import Guarded
 
 TEXT_LINES = 5  # of a panel
 _PANEL_LINES = TEXT_LINES + 2
-_AROUND = 9  # lines of header, latest results and footer
+_AROUND = 10  # lines of header, latest results and footer
 _MOST_PANELS = 3  # what somebody can follow at once
 
 HELD, WITHHELD = "bright_black italic", "red strike"
@@ -111,6 +111,8 @@ class Board:
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.shows = [Show(sample) for sample in samples]
         self.workers: list[list[int]] = []  # partitions of each
+        self.labels: Callable[[], int] = lambda: 0  # how many a reviewer has given
+        self.learnt: list[ThresholdRecord] = []
 
     @property
     def finished(self) -> list[Show]:
@@ -144,6 +146,16 @@ class Board:
             f"{len(self.workers)} workers share {count} partitions ({workers})"
             f"  ·  answers by partition  {pins}"
         )
+
+    def taught(self) -> str:
+        """One line about labels, and what was learnt of them."""
+        moves = [_moved(record) for record in self.learnt]
+        return "  ·  ".join([f"{self.labels()} blocks labelled by a reviewer", *moves])
+
+
+def _moved(record: ThresholdRecord) -> str:
+    harm = record.harm.replace("_", " ")
+    return f"{harm} {record.previous:.3f} → {record.threshold:.3f} (version {record.version})"
 
 
 _SAID = {"allow": "allowed", "block": "blocked", "revise": "revised"}
@@ -181,6 +193,10 @@ class View(Protocol):
 
     def ended(self, show: Show) -> None:
         """It has its verdict, and was on the screen long enough."""
+        ...
+
+    def learnt(self, record: ThresholdRecord) -> None:
+        """Labels have moved a threshold."""
         ...
 
     def tick(self) -> None:
@@ -246,6 +262,9 @@ class _Panels:
         self._slots[self._slots.index(show)] = None
         self._results.append(show)
 
+    def learnt(self, record: ThresholdRecord) -> None:
+        """Nothing: the next tick shows it."""
+
     def tick(self) -> None:
         if self._live is not None:
             self._live.update(self._screen(), refresh=True)
@@ -274,7 +293,8 @@ class _Panels:
         rows += [_panel(show, self._console.width) for show in self._slots]
         rows += [_result_line(show, self._console.width) for show in latest]
         rows += [Text("")] * (5 - len(latest))
-        rows += [_cropped(self._board.counts()), _cropped(self._board.spread())]
+        figures = (self._board.counts(), self._board.spread(), self._board.taught())
+        rows += [_cropped(line) for line in figures]
         return Group(*rows)
 
 
@@ -385,7 +405,7 @@ def _summary(board: Board) -> RenderableType:
         shown = f"{len(show.shown)}/{len(show.sample.text)}"
         held = f"{max(show.held_ms):.0f} ms" if show.held_ms else ""
         table.add_row(Text(show.question), shown, Text.from_markup(_brief(show)), held)
-    return Group(table, Text(board.counts()), Text(board.spread()))
+    return Group(table, Text(board.counts()), Text(board.spread()), Text(board.taught()))
 
 
 class _Lines:
@@ -426,12 +446,16 @@ class _Lines:
         held = f", held {max(show.held_ms):.0f} ms at most" if show.held_ms else ""
         self._line(show.sample.name, f"ended     {show.verdict}; {shown}{held}{told}")
 
+    def learnt(self, record: ThresholdRecord) -> None:
+        self._line("", f"learnt    {_moved(record)}: {record.reason}")
+
     def tick(self) -> None:
         """Nothing: everything was told."""
 
     def finish(self) -> None:
         self._line("", self._board.counts())
         self._line("", self._board.spread())
+        self._line("", self._board.taught())
 
     def close(self) -> None:
         """Nothing to give back."""

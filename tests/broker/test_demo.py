@@ -106,6 +106,16 @@ def test_demo_tells_its_story_and_leaves_nothing(prepared_kafka: None, scratch: 
     assert re.search(r"ad +because +illegal activity 1.000 > 0.850 · keyword", demo.output)
     assert re.search(r"13 of 13 answers .* 12 allowed .* 1 blocked .* ms \(p50\)", demo.output)
     assert "2 workers share 12 partitions" in demo.output
+    assert "0 blocks labelled by a reviewer" in demo.output
+
+
+def test_demo_learns_while_it_plays(prepared_kafka: None, scratch: Path) -> None:
+    """A reviewer's labels of two blocks go through the learner, and move a threshold."""
+    del prepared_kafka
+    demo = Demo(scratch, TIDEGATE_DETECTORS='["python:tests.fakes:KnifeDetector"]')
+    assert demo.wait() == 0, demo.output
+    assert "learnt    violence 0.700 → 0.650 (version" in demo.output
+    assert "2 blocks labelled by a reviewer  ·  violence 0.700 → 0.650" in demo.output
 
 
 @pytest.mark.parametrize(

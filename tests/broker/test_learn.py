@@ -338,6 +338,7 @@ async def test_updates_reach_a_busy_worker_within_a_second(
                     await it.produce([bad, good], topic=it.settings.thresholds_topic)
                     await asyncio.sleep(0.05)
             await decisions.has_finals(1_500)
+        await until(lambda: len(worker.events("threshold.applied")) >= 200, 30.0, "all are applied")
         applied = worker.events("threshold.applied")
         assert len(applied) == 200
         assert len(worker.events("threshold.unreadable")) == 200
