@@ -64,8 +64,9 @@ def _shares(axes: Any, figures: dict[str, Any]) -> None:
     told = f"{figures['histories']:,} histories each, bars: 95 % intervals"
     axes.set_title(f"Histories in which a learnt threshold was ever below its target   ({told})")
     for at, (name, colour) in enumerate(COLOURS.items()):
-        where = {"transform": axes.transAxes, "ha": "right"}
-        axes.text(0.995, 0.94 - 0.06 * at, name, color=colour, weight="bold", **where)
+        axes.text(
+            0.44, 0.94 - 0.06 * at, name, color=colour, weight="bold", transform=axes.transAxes
+        )
 
 
 def _courses(axes: Any, name: str, courses: list[dict[str, Any]]) -> None:

@@ -335,8 +335,10 @@ class Diary:
             right = scenario.seen(number)[round(100 * record.previous)] >= TARGET
             self.false_alarms[history] |= right
         if record.certified is not None:
-            sound = [at for at in self._order if GRID[at] >= record.certified]
-            self.averages_wrong[history] |= (self._average[history, sound] < 0.0).any()
+            earlier = before.certified if before.epoch == record.epoch else None
+            last = 1.0 if earlier is None else earlier
+            new = [at for at in self._order if record.certified <= GRID[at] < last]
+            self.averages_wrong[history] |= (self._average[history, new] < 0.0).any()
             if self._oracle.is_worth(record.certified):
                 self.reached.setdefault(history, number + 1)
         if record.epoch != before.epoch:
@@ -408,7 +410,7 @@ class Figures(NamedTuple):
     moved: int  # ... where a learnt threshold was in force in the end
     reached: list[int]  # labels until a threshold worth having was certified, where it was
     oracle: list[int]
-    recovered: list[int]  # labels after a change until what is in force was right for good
+    recovered: list[int]  # labels after a change until what is in force was right for good; 0: was
     quantiles: list[list[float]]  # (3, batches) 5 %, 50 %, 95 % of what was in force
     right: list[float]  # (2,) lowest sound candidate before and after the change
     seconds: float
@@ -437,7 +439,7 @@ def measure(scenario: Scenario, method: Method, histories: int, labels: int) -> 
         moved=int(learnt[-1].sum()),
         reached=list(diary.reached.values()),
         oracle=oracle,
-        recovered=[(it + 1 - change) * BATCH for it in last if change <= it + 1 < len(numbers)],
+        recovered=[max(0, it + 1 - change) * BATCH for it in last if it + 1 < len(numbers)],
         quantiles=np.quantile(diary.in_force, [0.05, 0.5, 0.95], axis=1).round(3).tolist(),
         right=[_lowest_right(scenario, 0), _lowest_right(scenario, labels)],
         seconds=round(time.process_time() - start, 1),
