@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from detectors.harms import DEFAULT_THRESHOLDS
 from tests.broker.harness import (
     Bed,
     Input,
@@ -23,10 +24,11 @@ from tests.broker.harness import (
 )
 from tests.fakes import SaysDetector
 from worker.detect import model_id
-from worker.events import Review, ThresholdRecord
+from worker.events import Decision, Review, ThresholdRecord
 from worker.feedback import Judged
 from worker.ledger import Entry, Heard, Ledger
 from worker.merge import Merge
+from worker.sampling import Picker
 from worker.settings import LearnPolicy, ReviewPolicy, TenantPolicy
 
 KILLS = int(os.environ.get("TIDEGATE_LEARN_KILLS", "20"))
@@ -373,3 +375,38 @@ async def test_a_missing_topic_is_named(kafka: str, unique: str, tmp_path: Path)
             assert await process.exit_code(60.0) == 1, names
             assert f"topic {missing} is missing" in process.tail()
             assert "tidegate topics" in process.tail()
+
+
+async def test_review_items_are_published_once_whatever_is_killed(
+    kafka: str, unique: str, tmp_path: Path
+) -> None:
+    """A worker is killed again and again: for each decision that is picked there is one item, and
+    it is the decision; nothing else is there."""
+    rng = random.Random(6)
+    shares = ALL | {"over": 0.8, "near": 0.6, "rest": 0.5}
+    policy = {"default": {"review": shares, "learn": LEARN}}
+    async with bed(kafka, unique, tmp_path, tenants=policy, group_instance_id="worker") as it:
+        load = spread(rng, 600)
+        async with Tail(kafka, it.settings.decisions_topic) as decisions:
+            async with in_background(it.produce(load, per_second=40)):
+                for _ in range(5):
+                    worker = it.start_worker()
+                    await worker.has_loaded(1)
+                    await asyncio.sleep(rng.uniform(0.0, 1.0))
+                    worker.kill()
+            it.start_worker()
+            await decisions.has_finals(600)
+        picker = Picker(it.settings, 0, 1)
+        made = [msgspec.json.decode(r.value, type=Decision) for r in await it.read_decisions()]
+        values = tuple(DEFAULT_THRESHOLDS.values())
+        picks = {d.decision_id: picker.pick(d, values) for d in made}
+        items = await it.read(it.settings.review_topic)
+        found = [msgspec.json.decode(record.value, type=Review) for record in items]
+        expected = {name: pick for name, pick in picks.items() if pick is not None}
+        assert sorted(item.decision_id for item in found) == sorted(expected)
+        assert 200 < len(found) < 500
+        by_id = {d.decision_id: msgspec.to_builtins(d) for d in made}
+        for item in found:
+            assert (item.picked_with, item.least) == expected[item.decision_id]
+            assert by_id[item.decision_id].items() <= msgspec.to_builtins(item).items()
+            assert item.text.startswith("Somebody says")
