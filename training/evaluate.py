@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for table in found:
         tables.show(table, console)
     if arguments.out:
-        write(arguments.out, found)
+        arguments.out.mkdir(parents=True, exist_ok=True)
         plots.harms(arguments.out, drawn(systems, chosen))
         draw_loss(arguments.models, arguments.runs, arguments.out)
+        write(arguments.out, found)
         print(f"written: {arguments.out}")
 
 
@@ -84,20 +85,20 @@ def _shipped() -> list[Path]:
 
 
 def write(folder: Path, found: Sequence[Table]) -> None:
-    """The tables as README.md and figures.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(map(tables.markdown, found))
-    (folder / "README.md").write_text(f"{_TOP}\n\n{_PLOTS}\n\n{text}\n", encoding="utf-8")
+    """The tables as README.md, behind the plots, and as figures.json."""
+    losses = [f"![Loss over the steps]({path.name})" for path in sorted(folder.glob("loss_*.png"))]
+    text = "\n\n".join([_TOP, _PLOTS, *losses, *map(tables.markdown, found)])
+    (folder / "README.md").write_text(f"{text}\n", encoding="utf-8")
     figures = {table.title: tables.plain(table) for table in found}
     (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def draw_loss(models: Sequence[Path], runs: Path, folder: Path) -> None:
-    """loss_NAME.png of each model whose run is still there, with its curve."""
-    for model in models:
-        run = run_of(model, runs)
-        if run is not None and (run / plots.CURVE).exists():
-            plots.loss(run / plots.CURVE, folder / f"loss_{model.name}.png")
+    """loss_RUN.png of each run that the models come from, where it is here with its curve."""
+    found = {run_of(model, runs) for model in models}
+    for run in sorted(run for run in found if run is not None):
+        if (run / plots.CURVE).exists():
+            plots.loss(run / plots.CURVE, folder / f"loss_{run.name}.png")
 
 
 def drawn(systems: Sequence[System], chosen: Sets) -> list[plots.Drawn]:
