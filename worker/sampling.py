@@ -117,12 +117,15 @@ class Picker:
         """
         if not decision.scores or decision.start == decision.end or decision.stage in NOT_SCORED:
             return None
-        name = decision.tenant if decision.tenant in self._settings.tenants else "default"
         policy = self._settings.tenant(decision.tenant)
+        rolled = roll(decision.decision_id, self._key)
+        if rolled >= max(policy.review.over, policy.review.near, policy.review.rest):
+            return None  # whatever its stratum: most decisions cost no more than this
+        name = decision.tenant if decision.tenant in self._settings.tenants else "default"
         scores = [*(decision.scores.get(harm) for harm in HARMS), decision.harmful]  # (7,)
         share: float = getattr(policy.review, stratum(scores, thresholds, policy))
         scale = self._factor(name, policy, decision.ts_ms // _HOUR_MS)
-        if roll(decision.decision_id, self._key) >= share * scale:
+        if rolled >= share * scale:
             return None
         self._picked[name] = self._picked.get(name, 0) + 1
         return Pick(share * scale, policy.review.over * scale)
