@@ -82,7 +82,7 @@ def gone(demo: Demo) -> None:
 
 
 def wait_for(holds: Callable[[], bool], says: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline, says()
         time.sleep(0.05)

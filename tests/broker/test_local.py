@@ -57,7 +57,7 @@ async def read(servers: str, topic: str, count: int, within_s: float = 60.0) -> 
         await consumer.stop()
 
 
-def wait_until(holds: Callable[[], bool], within_s: float = 10.0) -> None:
+def wait_until(holds: Callable[[], bool], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not holds():
         assert time.monotonic() < deadline, "did not happen in time"

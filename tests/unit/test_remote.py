@@ -284,7 +284,7 @@ def test_a_server_that_hangs_is_left_in_time() -> None:
         started = time.monotonic()
         with pytest.raises(HelperError, match="no answer"):
             ask(["a b"])
-        assert 0.2 <= time.monotonic() - started < 2
+        assert 0.2 <= time.monotonic() - started < 4
     assert len(server.requests) == 2
 
 
@@ -331,7 +331,7 @@ def test_a_server_that_drips_is_left_in_time(part: str) -> None:
         pytest.raises(HelperError, match="no answer"),
     ):
         ask(["a b"])
-    assert 0.2 <= time.monotonic() - started < 2
+    assert 0.2 <= time.monotonic() - started < 4
     listening.close()
     thread.join(10)
 
@@ -345,7 +345,7 @@ def test_the_deadline_is_for_the_whole_call() -> None:
         pytest.raises(HelperError, match="deadline is over"),
     ):
         ask(["a b"])
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4
 
 
 def test_the_deadline_counts_waiting_for_a_thread() -> None:
