@@ -50,6 +50,7 @@ class Limits(NamedTuple):
 
 
 DEFAULT_LIMITS: Final = Limits()
+SHORT_LIMITS: Final = Limits(240, 160)  # what a small model is trained with and reads fast
 
 
 def head(prompt: str) -> str:

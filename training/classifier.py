@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from detectors.harms import COLUMNS
 from detectors.tokens import PairTokens
 from training import also, base
 from training.batches import Example, batches, examples, padded
 from training.distil import soft_targets
+from training.loop import Loop, Pace
 from training.model import Judge, fresh
 from training.rows import Parts, Row, read, split
 from training.windows import Sample, capped, samples
@@ -32,8 +32,6 @@ from training.windows import Sample, capped, samples
 _HELD_OUT: Final = 800  # rows from whose windows those come whose loss picks the weights
 _WINDOWS: Final = 1_200
 _OWN: Final = 4_000  # rows of our own texts: variants of some two thousand frames
-_LOOKS: Final = 8  # at the held-out loss, evenly over the run
-_PATIENCE: Final = 3  # looks without a better one end the run
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,16 @@ def train(run: Path, parts: Parts, settings: Settings) -> None:
         for batch in batches(chosen, settings.batch_tokens, f"{settings.seed}/{epoch}")
     ][: settings.steps or None]
     print(f"{len(chosen)} windows, {len(held_out)} held out, {len(steps)} steps", flush=True)
-    _Run(run, settings, len(steps)).go(steps, held_out)
+    judge = fresh(settings.base)
+    _freeze(judge, settings.frozen)
+    if settings.start_from:
+        judge.load_state_dict(torch.load(settings.start_from, weights_only=True))
+    Loop(
+        run, judge, _groups(judge, settings),
+        loss=lambda batch: _loss(judge, batch, settings.soft_share),
+        held_out=lambda: _mean_loss(judge, held_out, settings.batch_tokens),
+        steps=steps, pace=Pace(settings.warm_up, settings.save_every),
+    ).go()  # fmt: skip
 
 
 def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
@@ -130,9 +137,13 @@ def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
     if settings.rows:
         rows = chance.sample(rows, min(settings.rows, len(rows)))
     if settings.own:
-        own = also.own()
-        rows += chance.sample(own, min(_OWN, len(own)))
+        rows += own_share(also.own(), chance)
     return rows + also.read_files(list(map(Path, settings.also)))
+
+
+def own_share(own: list[Row], chance: random.Random) -> list[Row]:
+    """As many of our own texts as the mix takes."""
+    return chance.sample(own, min(_OWN, len(own)))
 
 
 def _soft(run: Path, found: Sequence[Sample], settings: Settings) -> npt.NDArray[np.float32]:
@@ -145,89 +156,9 @@ def _soft(run: Path, found: Sequence[Sample], settings: Settings) -> npt.NDArray
     return soft
 
 
-class _Run:
-    """One training run: model, optimiser, schedule, and where it stands."""
-
-    def __init__(self, run: Path, settings: Settings, steps: int) -> None:
-        self.folder, self.settings = run, settings
-        self.judge = fresh(settings.base)
-        _freeze(self.judge, settings.frozen)
-        if settings.start_from:
-            self.judge.load_state_dict(torch.load(settings.start_from, weights_only=True))
-        self.optimiser = torch.optim.AdamW(_groups(self.judge, settings), weight_decay=0.01)
-        warm = max(1, int(settings.warm_up * steps))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda step: min((step + 1) / warm, max(0.0, 1 - step / steps))
-        )
-        self.step, self.best, self.worse = 0, float("inf"), 0
-        self.curve: list[dict[str, float]] = []
-        if (run / "state.pt").exists():
-            self._resume()
-
-    def go(self, steps: list[list[Example]], held_out: list[Example]) -> None:
-        """The steps that are left; state.pt goes when nothing is left to resume."""
-        looks = {round(len(steps) * look / _LOOKS) for look in range(1, _LOOKS + 1)}
-        with tqdm(total=len(steps), initial=self.step, mininterval=10) as progress:
-            for batch in steps[self.step :]:
-                loss = self._learn(batch)
-                self.step += 1
-                self.curve.append({"step": self.step, "loss": round(loss, 5)})
-                progress.update()
-                progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                if self.step in looks:
-                    self._keep_if_best(held_out)
-                if self.step % self.settings.save_every == 0:
-                    self._save()
-                if self.worse >= _PATIENCE:
-                    break
-        self._save()
-        (self.folder / "state.pt").unlink()
-
-    def _learn(self, batch: list[Example]) -> float:
-        self.judge.train()
-        self.optimiser.zero_grad()
-        loss = _loss(self.judge, batch, self.settings.soft_share)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(self.judge.parameters(), 1.0)
-        self.optimiser.step()
-        self.schedule.step()
-        return loss.item()
-
-    def _keep_if_best(self, held_out: list[Example]) -> None:
-        self.judge.eval()
-        chosen = list(batches(held_out, self.settings.batch_tokens, "held out"))
-        with torch.no_grad():
-            loss = float(np.mean([_loss(self.judge, batch, 0.0).item() for batch in chosen]))
-        print(f"step {self.step}: held-out loss {loss:.4f}", flush=True)
-        self.curve[-1]["held_out"] = round(loss, 5)
-        self.worse = 0 if loss < self.best else self.worse + 1
-        if loss < self.best:
-            self.best = loss
-            torch.save(self.judge.state_dict(), self.folder / "model.pt")
-
-    def _save(self) -> None:
-        state = {
-            "judge": self.judge.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "step": self.step,
-            "best": self.best,
-            "worse": self.worse,
-            "curve": self.curve,
-        }
-        part = self.folder / "state.part"
-        torch.save(state, part)
-        part.replace(self.folder / "state.pt")  # a kill in between leaves the last whole one
-        lines = "".join(json.dumps(point) + "\n" for point in self.curve)
-        (self.folder / "curve.jsonl").write_text(lines)
-
-    def _resume(self) -> None:
-        state: dict[str, Any] = torch.load(self.folder / "state.pt", weights_only=True)
-        self.judge.load_state_dict(state["judge"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best, self.worse = state["step"], state["best"], state["worse"]
-        self.curve = state["curve"]
+def _mean_loss(judge: Judge, held_out: Sequence[Example], batch_tokens: int) -> float:
+    chosen = batches(held_out, batch_tokens, "held out")
+    return float(np.mean([_loss(judge, batch, 0.0).item() for batch in chosen]))
 
 
 def _freeze(judge: Judge, layers: int) -> None:

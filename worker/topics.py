@@ -22,7 +22,7 @@ from worker.settings import Settings
 Cleanup = Literal["delete", "compact"]
 
 _MIB = 1024 * 1024
-_SETTLE_S = 10.0  # how long a new topic may take until every broker knows it
+_SETTLE_S = 30.0  # how long a new topic may take until every broker knows it
 
 
 class TopicSettings(Protocol):
@@ -199,10 +199,16 @@ async def ensure_topics(
             await admin.close()
     existing = await _existing(kafka, [spec.name for spec in specs])
     _refuse_problems(specs, existing, partitions)
+    created: tuple[str, ...] = ()
+    shared = [spec for spec in specs if spec.co_partitioned]
+    if shared and not any(spec.name in existing for spec in shared):
+        # Alone and first: where a gateway makes it right now, the others follow its count.
+        created = await _create(kafka, shared[:1], partitions, replication_factor)
+        existing |= await _wait_for(kafka, shared[:1])
     count = co_partitions(specs, existing, partitions)
     missing = [spec for spec in specs if spec.name not in existing]
-    created = await _create(kafka, missing, count, replication_factor)
-    if missing:  # somebody else may have made one in between, and differently
+    created += await _create(kafka, missing, count, replication_factor)
+    if created or missing:  # somebody else may have made one in between, and differently
         _refuse_problems(specs, await _wait_for(kafka, specs), count)
     checked = tuple(spec.name for spec in specs if spec.name not in created)
     return TopicReport(created, checked, count)
@@ -245,7 +251,7 @@ async def _create(
 async def _wait_for(
     admin: AIOKafkaAdminClient, specs: Sequence[TopicSpec]
 ) -> dict[str, TopicState]:
-    """The topics' states as soon as all are there with leaders. Raises Stop after 10 s."""
+    """The topics' states as soon as all are there with leaders. Raises Stop after 30 s."""
     deadline = time.monotonic() + _SETTLE_S
     names = [spec.name for spec in specs]
     while len(states := await _existing(admin, names)) < len(names):

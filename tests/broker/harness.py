@@ -282,11 +282,13 @@ class Tail:
     async def __aenter__(self) -> Self:
         await self._consumer.start()
         numbers = self._consumer.partitions_for_topic(self._topic)
-        while not numbers:
-            await asyncio.sleep(0.1)
-            await self._consumer._client.force_metadata_update()
-            await self._consumer.topics()
-            numbers = self._consumer.partitions_for_topic(self._topic)
+        async with asyncio.timeout(60.0):
+            while not numbers:
+                await asyncio.sleep(0.1)
+                await self._consumer._client.force_metadata_update()
+                with contextlib.suppress(KafkaError):  # a broker too busy to answer is asked again
+                    await self._consumer.topics()
+                numbers = self._consumer.partitions_for_topic(self._topic)
         self._partitions = [TopicPartition(self._topic, number) for number in numbers]
         self._consumer.assign(self._partitions)
         self._reading = asyncio.create_task(self._read())

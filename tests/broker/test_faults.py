@@ -78,7 +78,7 @@ async def test_every_segment_is_decided_once_whatever_is_killed(
         await _decided(tail, load, bed)
         _say(f"all is decided, {time.monotonic() - produced:.1f} s later")
         log = await bed.read(bed.settings.outputs_topic)
-        await eventually(lambda: _all_committed(bed, log), 30.0, "the offsets reach the log's end")
+        await eventually(lambda: _all_committed(bed, log), 120.0, "the offsets reach the log's end")
         died = [worker for worker in bed.workers if worker.died]
         assert not died, f"{died[0].log.name} ended by itself:\n{died[0].tail()}"
         found = await outcome(bed)

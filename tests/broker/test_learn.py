@@ -185,7 +185,7 @@ async def test_a_proposal_waits_for_an_operator(kafka: str, unique: str, tmp_pat
             last = review_all(reviews.records, rng)[-1:]
             await it.produce(map(as_input, last), topic=names.feedback_topic)
             await learner.has_led(2)  # it was fenced, and has found the operator's words
-            await eventually(lambda: has_heard(it, 251), 30.0, "the last label is taken")
+            await eventually(lambda: has_heard(it, 251), 120.0, "the last label is taken")
         found = [json.loads(line) for line in it.command(
             "thresholds", "history", "--json").splitlines() if line.startswith("{")]  # fmt: skip
         published = [json.loads(record.value) for record in thresholds.records]
@@ -227,7 +227,7 @@ async def learnt_alone(it: Bed) -> tuple[list[Heard], list[ThresholdRecord], set
 async def check_against_undisturbed(it: Bed) -> list[ThresholdRecord]:
     """The same labels, in the same order, for the same thresholds; each once; the history."""
     expected, thresholds, letters = await learnt_alone(it)
-    await eventually(lambda: has_heard(it, len(expected)), 60.0, f"{len(expected)} labels count")
+    await eventually(lambda: has_heard(it, len(expected)), 180.0, f"{len(expected)} labels count")
     assert await heard(it) == expected
     found = thresholds_of(await it.read(it.settings.thresholds_topic))
     assert found == thresholds

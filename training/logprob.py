@@ -1,0 +1,251 @@
+"""Fine-tunes the log-prob model: `python -m training.logprob --data ../shared/data --out RUN`.
+
+A class prompt must make the texts of its class likelier than its opposite does. So the model learns
+from pairs: the same passage behind a harmful and a harmless prompt, and the difference of its
+log-probs (the margin) is the log-odds of the label, as in discriminatively trained GeDi (Krause et
+al. 2021, 2009.06367). A share of the plain language-model loss behind the right prompt stays in, so
+that log-probs stay log-probs. The run folder holds the model as Hugging Face's layout has it, for
+`python -m export.causal --hf RUN/model --start 0`.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from detectors.harms import COLUMNS, HARMFUL
+from detectors.prompts import PROMPTS, SHORT_LIMITS, body, prefix
+from training import also, causal_base
+from training.classifier import own_share
+from training.loop import Loop, Pace
+from training.metrics import auroc
+from training.rows import Parts, read, split
+from training.windows import Sample, capped, samples
+
+_HELD_OUT: Final = 240  # passages, half of them harmful
+_ANY_SHARE: Final = 0.6  # of the examples ask for any harm, the others for one
+_LONGEST: Final = 320  # tokens of prefix and text; few passages have more
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Saved in the run folder."""
+
+    layers: tuple[int, ...] = (
+        *range(8),
+        26,
+        27,
+        28,
+        29,
+    )  # of 30: the least loss lost of ten choices
+    vocabulary: int = 16_384
+    seed: int = 31
+    examples: int = 12_000
+    batch_tokens: int = 6_144  # padded, both prompts counted
+    learning_rate: float = 3e-4
+    language_share: float = 0.05  # of the plain loss, a token
+    threads: int = 2
+    start_from: str = ""  # a model.pt of an earlier run
+
+
+class Example(NamedTuple):
+    """A passage behind both prompts. ids: of harmful prefix, harmless prefix, text."""
+
+    harmful: list[int]
+    harmless: list[int]
+    text: list[int]
+    label: float
+    kind: str  # "reply" or another
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of the two rows."""
+        return max(len(self.harmful), len(self.harmless)) + len(self.text)
+
+
+class Scale(nn.Module):
+    """The language model, and what turns its margins into log-odds."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.slope = nn.Parameter(torch.tensor(0.3))
+        self.intercept = nn.Parameter(torch.tensor(0.0))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, or goes on with a run that was cut short; then writes RUN/model."""
+    parser = argparse.ArgumentParser(prog="python -m training.logprob", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
+    parser.add_argument("--out", type=Path, required=True, help="run folder, made or resumed")
+    parser.add_argument("--layers", type=int, nargs="+", default=Settings.layers)
+    for name in ("vocabulary", "seed", "examples", "batch_tokens", "threads"):
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=getattr(Settings, name))
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--start-from", default=Settings.start_from, help="an earlier model.pt")
+    given = vars(parser.parse_args(argv))
+    known = {field.name for field in fields(Settings)}
+    chosen = {name: value for name, value in given.items() if name in known}
+    settings = Settings(**chosen | {"layers": tuple(given["layers"])})
+    run: Path = given["out"]
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    scale, tokenizer = _start(settings)
+    if not (run / "model.pt").exists() or (run / "state.pt").exists():
+        train(run, split(read(given["data"] / "permissive")), scale, tokenizer, settings)
+    scale.load_state_dict(torch.load(run / "model.pt", weights_only=True))
+    scale.model.save_pretrained(run / "model")
+    tokenizer.save(str(run / "model" / "tokenizer.json"))
+    print(f"trained; next: python -m export.causal --hf {run / 'model'} --start 0 --out FOLDER")
+
+
+def _start(settings: Settings) -> tuple[Scale, Tokenizer]:
+    model, tokenizer = causal_base.smaller(settings.layers, settings.vocabulary)
+    scale = Scale(model)
+    if settings.start_from:
+        scale.load_state_dict(torch.load(settings.start_from, weights_only=True))
+    return scale, tokenizer
+
+
+def train(run: Path, parts: Parts, scale: Scale, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Leaves the weights of the lowest held-out loss in model.pt."""
+    chance = random.Random(settings.seed)
+    rows = capped(parts.fit, chance) + own_share(also.own(), chance)
+    chosen = examples(samples(rows, chance), tokenizer, chance, settings.examples)
+    # Only from replies: the stream's text is a reply, and so are the passages of the band.
+    dev = [row for row in parts.calibrate if row.kind == "reply"]
+    dev = chance.sample(dev, min(4 * _HELD_OUT, len(dev)))
+    held_out = examples(samples(dev, chance), tokenizer, chance, _HELD_OUT)
+    steps = batches(chosen, settings.batch_tokens, chance)
+    print(f"{len(chosen)} examples, {len(held_out)} held out, {len(steps)} steps", flush=True)
+    Loop(
+        run, scale, _groups(scale, settings),
+        loss=lambda batch: loss(scale, batch, settings.language_share),
+        held_out=lambda: _held_out(scale, batches(held_out, settings.batch_tokens, chance)),
+        steps=steps, pace=Pace(0.04, looks=12, patience=12),
+    ).go()  # fmt: skip
+
+
+def _groups(scale: Scale, settings: Settings) -> list[dict[str, Any]]:
+    return [
+        {"params": list(scale.model.parameters()), "lr": settings.learning_rate},
+        {"params": [scale.slope, scale.intercept], "lr": 1e-2},
+    ]
+
+
+def examples(
+    found: Sequence[Sample], tokenizer: Tokenizer, chance: random.Random, count: int
+) -> list[Example]:
+    """At most `count`, as many harmful as harmless, each about one harm or about any."""
+    harmful, harmless = [], []
+    for sample in chance.sample(list(found), len(found)):
+        columns = [i for i, weight in enumerate(sample.weights) if weight > 0]
+        if not columns:
+            continue
+        column = _column(sample, columns, chance)
+        (harmful if sample.targets[column] >= 0.5 else harmless).append((sample, column))
+    each = min(count // 2, len(harmful), len(harmless))
+    pairs = [*harmful[:each], *harmless[:each]]
+    made = [_example(sample, column, tokenizer, chance) for sample, column in pairs]
+    return [it for it in made if it.length <= _LONGEST]
+
+
+def _column(sample: Sample, columns: Sequence[int], chance: random.Random) -> int:
+    """The harm that is asked about: any, or one, of harmful passages one that they have."""
+    whole = COLUMNS.index(HARMFUL)
+    single = [i for i in columns if i != whole]
+    if whole in columns and (not single or chance.random() < _ANY_SHARE):
+        return whole
+    has = [i for i in single if sample.targets[i] >= 0.5]
+    return chance.choice(has or single)
+
+
+def _example(sample: Sample, column: int, tokenizer: Tokenizer, chance: random.Random) -> Example:
+    prompts = PROMPTS[COLUMNS[column]]
+    way = chance.randrange(len(prompts.harmful))
+    ids = [
+        tokenizer.encode(text, add_special_tokens=False).ids
+        for text in (
+            prefix(prompts.harmful[way], sample.passage, SHORT_LIMITS),
+            prefix(prompts.harmless[way], sample.passage, SHORT_LIMITS),
+            body(sample.passage.text),
+        )
+    ]
+    start = [causal_base.START]
+    label = float(sample.targets[column] >= 0.5)
+    return Example(start + ids[0], start + ids[1], ids[2], label, sample.source)
+
+
+def batches(
+    chosen: Sequence[Example], most_tokens: int, chance: random.Random
+) -> list[list[Example]]:
+    """Batches of like lengths, each within the tokens, in an order by chance."""
+    cut: list[list[Example]] = [[]]
+    for example in sorted(chosen, key=lambda it: it.length + chance.random() * 8):
+        longest = max([example.length, *(it.length for it in cut[-1])])
+        if cut[-1] and 2 * (len(cut[-1]) + 1) * longest > most_tokens:
+            cut.append([])
+        cut[-1].append(example)
+    chance.shuffle(cut)
+    return cut
+
+
+def scores(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    """(N,) log-prob of each text behind its prefix, nats; rows: ids of prefix and of text.
+
+    The head sees the texts' tokens alone. Padding stands on the right, where a causal model's
+    tokens never look.
+    """
+    longest = max(len(before) + len(text) for before, text in rows)
+    ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+    own = torch.zeros((len(rows), longest), dtype=torch.bool)  # tokens of the text
+    for row, (before, text) in enumerate(rows):
+        ids[row, : len(before) + len(text)] = torch.tensor(before + text)
+        own[row, len(before) : len(before) + len(text)] = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (N, T, D)
+        logits = model.lm_head(hidden[:, :-1][own[:, 1:]])  # (tokens, V)
+    targets = ids[:, 1:][own[:, 1:]]
+    found = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    of = torch.arange(len(rows))[:, None].expand_as(own[:, 1:])[own[:, 1:]]
+    return torch.zeros(len(rows)).index_add(0, of, found)
+
+
+def margins(scale: Scale, batch: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) log-odds, and (B,) scores behind the harmful and behind the harmless prompt."""
+    rows = [(it.harmful, it.text) for it in batch] + [(it.harmless, it.text) for it in batch]
+    harmful, harmless = scores(scale.model, rows).chunk(2)
+    return scale.slope * (harmful - harmless) + scale.intercept, harmful, harmless
+
+
+def loss(scale: Scale, batch: Sequence[Example], language_share: float) -> Tensor:
+    """Cross-entropy of the labels, and a share of the right prompt's own, a token."""
+    found, harmful, harmless = margins(scale, batch)
+    labels = torch.tensor([it.label for it in batch])
+    told = nn.functional.binary_cross_entropy_with_logits(found, labels)
+    tokens = torch.tensor([float(len(it.text)) for it in batch])
+    right = torch.where(labels > 0.5, harmful, harmless)
+    return told - language_share * (right / tokens).mean()
+
+
+def _held_out(scale: Scale, chosen: Sequence[Sequence[Example]]) -> float:
+    found = torch.cat([margins(scale, batch)[0] for batch in chosen])
+    labels = torch.tensor([it.label for batch in chosen for it in batch])
+    ranked = float(auroc(labels.double().numpy(), found.double().numpy()))
+    print(f"held-out AUROC {ranked:.4f}, slope {scale.slope.item():.3f}", flush=True)
+    return float(nn.functional.binary_cross_entropy_with_logits(found, labels))
+
+
+if __name__ == "__main__":
+    main()
