@@ -98,7 +98,7 @@ class LocalHelper:
         self._graph = Graph(read_checked(folder, name, manifest.files), manifest.opset)
         self._past = _names("past", manifest)
         _check_graph(self._graph, self._past, manifest)
-        self.digest: Final = digest_of(raw + name.encode(), manifest.files)
+        self.digest: Final = _digest(raw, name, manifest)
         self._budget = max_batch_tokens
         # The last one fits every prompt: the start token and nothing else.
         self._heads = [self._head(self._ids(head)) for head in dict.fromkeys([*heads, ""])]
@@ -182,6 +182,20 @@ class LocalHelper:
         """ids: (B, T + 1); each but the first is a target of the one before."""
         feeds = {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
         return self._graph.run(outputs, feeds | dict(zip(self._past, past, strict=True)))
+
+
+def served_digest(folder: Path) -> str:
+    """LocalHelper(folder).digest without loading any weights: their digests are in the manifest.
+
+    Raises OSError or ModelError.
+    """
+    raw = (folder / "manifest.json").read_bytes()
+    manifest = _checked(raw)
+    return _digest(raw, manifest.model, manifest)
+
+
+def _digest(raw: bytes, graph: str, manifest: CausalManifest) -> str:
+    return digest_of(raw + graph.encode(), manifest.files)
 
 
 def _common(head: Sequence[int], ids: Sequence[int]) -> int:

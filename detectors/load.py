@@ -1,21 +1,34 @@
-"""Detector specs, as settings name them, to detectors."""
+"""Detector specs, as settings name them, to detectors; and the helper of the second look."""
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, cast
 
-from detectors import combine
+from detectors import combine, second
 from detectors.combine import Combination
+from detectors.logprob import Helper
 from detectors.protocol import Detector
+from detectors.second import Plan, Second
 
 PYTHON: Final = "python:"  # a user's own detector: python:package.module:attr
 CUDA: Final = "@cuda"  # a folder's name and this: its fp16 graph on a GPU
+_SERVERS: Final = ("http://", "https://")  # of completions, for the second look
 _MEMBERS: Final = ("name", "digest", "thresholds", "encode", "score")
 
 
 class LoadError(Exception):
     """A detector cannot be had as configured: the worker must not start."""
+
+
+class SecondSpec(NamedTuple):
+    """What is asked for a second look, as settings name it."""
+
+    name: str  # a folder under `models`, http(s)://..., or python:module:attr
+    plan: Path | None = None  # its second.json, where no folder holds one
+    model: str = ""  # as a server calls it
+    key: str | None = None  # of a server
+    deadline_ms: float = 1_000.0  # of one call to a server
 
 
 def load_detectors(specs: Sequence[str], models: Path) -> tuple[Detector, ...]:
@@ -36,6 +49,72 @@ def load_combination(models: Path, detectors: Sequence[Detector]) -> Combination
         return combine.read(models, detectors)
     except combine.CombinationError as error:
         raise LoadError(str(error)) from error
+
+
+def load_second(
+    spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
+) -> Second:
+    """The language model that looks again where these detectors are uncertain. LoadError."""
+    try:
+        plan = _plan(spec, models, detectors, combination)
+        digest = plan.digest(_helper_digest(spec, models))
+        return Second(plan, _helper(spec, models, plan), digest)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"logprob {spec.name!r}: {error}") from error
+
+
+def second_digest(
+    spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
+) -> str:
+    """load_second(...).digest without loading any weights. LoadError."""
+    try:
+        plan = _plan(spec, models, detectors, combination)
+        return plan.digest(_helper_digest(spec, models))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"logprob {spec.name!r}: {error}") from error
+
+
+def _plan(
+    spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
+) -> Plan:
+    elsewhere = spec.name.startswith((*_SERVERS, PYTHON))
+    if elsewhere and spec.plan is None:
+        raise ValueError(f"no folder holds its {second.FILE}: name the file in logprob_plan")
+    if spec.name.startswith(_SERVERS) and not spec.model:
+        raise ValueError("name the server's model in logprob_model")
+    path = spec.plan or models / spec.name
+    if not elsewhere and not (models / spec.name / "manifest.json").is_file():
+        raise ValueError(
+            f"no manifest.json in {models / spec.name}. "
+            "Build one with `python -m export.causal`, or name a server, http://...:8000/v1"
+        )
+    return second.read(path, second.encoders(detectors, combination))
+
+
+def _helper_digest(spec: SecondSpec, models: Path) -> str:
+    """Hex digest, or whatever else tells one language model from another."""
+    if spec.name.startswith(_SERVERS):
+        return spec.model  # which weights a server has under a name is not to be had
+    if spec.name.startswith(PYTHON):
+        return f"{spec.name} {getattr(_factory(spec.name), 'digest', '')}"
+    from detectors.causal import served_digest
+
+    return served_digest(models / spec.name)
+
+
+def _helper(spec: SecondSpec, models: Path, plan: Plan) -> Helper:
+    if spec.name.startswith(_SERVERS):
+        from detectors.remote import RemoteHelper
+
+        return RemoteHelper(
+            spec.name, spec.model, key=spec.key, timeout_ms=spec.deadline_ms,
+            deadline_ms=spec.deadline_ms, retries=1,
+        )  # fmt: skip
+    if spec.name.startswith(PYTHON):
+        return cast("Helper", _factory(spec.name)())
+    from detectors.causal import LocalHelper
+
+    return LocalHelper(models / spec.name, plan.heads())
 
 
 def load_detector(spec: str, models: Path) -> Detector:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from detectors.harms import COLUMNS
+from detectors.prompts import PROMPTS
 from detectors.protocol import Detector, Encoded, FloatArray, Passage, Window
+from detectors.second import FORMAT, Band, Line, Plan
 from worker.events import Decision
 from worker.pipeline import Pipeline
 from worker.settings import Settings
@@ -111,9 +114,50 @@ class SaysDetector(HashDetector):
         return rows
 
 
+class SaysHelper:
+    """A language model that finds a text as harmful as it says, as in "second=0.31"; else 0.5.
+
+    A token is a character. With the calibration slope 1, intercept 0 the number is the P_pos.
+    """
+
+    digest = "5ec0" * 8
+    _harmful = tuple(prompt for classes in PROMPTS.values() for prompt in classes.harmful)
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []  # prompts, by call
+
+    def __call__(self, prompts: list[str]) -> list[list[float]]:
+        """Log-probs that are the same for every character of a prompt."""
+        self.asked.append(prompts)
+        return [self._row(prompt) for prompt in prompts]
+
+    def split(self, prefix: str, prompt: str) -> int:
+        """As many as the prefix has characters."""
+        return len(prefix)
+
+    def _row(self, prompt: str) -> list[float]:
+        half = math.log(p / (1 - p)) / 2 if 0 < (p := _number("second", prompt, 0.5)) < 1 else 0.0
+        return [-10.0 + (half if prompt.startswith(self._harmful) else -half)] * len(prompt)
+
+
+def second_plan(**changes: Any) -> Plan:
+    """A band of 0.1 on both sides around the threshold of violence, for SaysDetector."""
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "encoders": (SaysDetector.digest,),
+        "calibration": {"violence": Line(1.0, 0.0)},
+        "band": {"violence": Band(0.1, 0.1)},
+    }
+    return Plan(**(fields | changes))
+
+
+def _number(name: str, text: str, default: float = 0.0) -> float:
+    found = re.search(rf"{name}=([0-9.]+[0-9])", text)
+    return float(found[1]) if found else default
+
+
 def _said(passage: Passage) -> Encoded:
-    found = re.search(r"violence=([0-9.]+[0-9])", passage.text)
-    ids = np.array([round(1e6 * float(found[1])) if found else 0], dtype=np.int64)
+    ids = np.array([round(1e6 * _number("violence", passage.text))], dtype=np.int64)
     return Encoded((Window(ids, np.zeros_like(ids)),), tokens=1, text_tokens=1)
 
 

@@ -135,13 +135,16 @@ async def _learn(settings: Settings) -> None:
 
 def _shipped(settings: Settings) -> tuple[dict[str, float], str]:
     """The detectors' own thresholds, and how decisions name them."""
-    from detectors.load import load_combination, load_detectors
+    from detectors.load import load_combination, load_detectors, second_digest
     from worker.detect import model_id
+    from worker.second import spec_of
     from worker.thresholds import shipped_thresholds
 
     detectors = load_detectors(settings.detectors, settings.models)
     combination = load_combination(settings.models, detectors)
-    return shipped_thresholds(detectors, combination), model_id(detectors, combination)
+    spec = spec_of(settings)
+    second = second_digest(spec, settings.models, detectors, combination) if spec else ""
+    return shipped_thresholds(detectors, combination), model_id(detectors, combination, second)
 
 
 Tenant = Annotated[str, typer.Argument(help="The tenant, as in its deltas.")]

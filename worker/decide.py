@@ -27,6 +27,7 @@ class Judgement(NamedTuple):
     tokenise_ms: float = 0.0
     infer_ms: float = 0.0
     forced: bool = False  # blocked whatever the policy: a stream that lost a part
+    unasked: bool = False  # a second look was due and did not come: the detectors' scores stand
 
 
 class Ruling(NamedTuple):
@@ -64,6 +65,7 @@ def combine(judgements: Sequence[Judgement]) -> Judgement:
         highest = tuple(_highest(a, b) for a, b in zip(own.scores, judgement.scores, strict=True))
         if highest != own.scores:
             own = own._replace(scores=highest, stage=judgement.stage)
+        own = own._replace(unasked=own.unasked or judgement.unasked)
     return own
 
 
@@ -84,6 +86,7 @@ def rule(judgement: Judgement, in_force: InForce, policy: TenantPolicy) -> Rulin
     if action != "block" and any(policy.fail_mode.get(h, "closed") == "closed" for h in doubt):
         return Ruling("block", None, "policy", "unavailable", known, harmful)
     aside = f"; unavailable, fail_mode open: {', '.join(doubt)}" if doubt else ""
+    aside += "; logprob unavailable" if judgement.unasked else ""
     if worst is None or action is None:
         stage = "policy" if doubt else judgement.stage
         return Ruling("allow", None, stage, f"below thresholds{aside}", known, harmful)

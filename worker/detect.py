@@ -12,11 +12,15 @@ from detectors.protocol import Detector, Encoded, Passage
 from worker.errors import DetectorError
 
 
-def model_id(detectors: Sequence[Detector], combination: Combination | None = None) -> str:
-    """Names and digests, as decisions and cache keys carry them."""
+def model_id(
+    detectors: Sequence[Detector], combination: Combination | None = None, second: str = ""
+) -> str:
+    """Names and digests, as decisions carry them. second: the second look's digest, if any."""
     parts = [(detector.name, detector.digest) for detector in detectors]
     if combination is not None:
         parts.append(("combined", combination.digest))
+    if second:
+        parts.append(("logprob", second))
     return "+".join(f"{name}@{digest[:6]}" for name, digest in parts)
 
 

@@ -16,6 +16,12 @@ PUBLISH_SECONDS = Histogram(
 )
 DETECTOR_FAILURES = Counter("tidegate_detector_failures", "Segments that a detector failed on.")
 UNAVAILABLE = Counter("tidegate_unavailable", "Segments without scores at their deadline.")
+LOGPROB_UNAVAILABLE = Counter(
+    "tidegate_logprob_unavailable", "Segments without their second look, by cause.", ["cause"]
+)
+LOGPROB_SECONDS = Histogram(
+    "tidegate_logprob_seconds", "One segment's second look, its queue aside.", buckets=_SECONDS
+)
 REVIEWS = Counter("tidegate_reviews", "Decisions published for review.")
 THRESHOLDS = Counter(
     "tidegate_thresholds", "Threshold records, by what became of them.", ["outcome"]

@@ -5,6 +5,7 @@
     encode    what is left -> token windows, in a thread            (detect.py)
     batch     by padded tokens; the next forms while one runs       (batch.py)
     detect    scores, in threads                                    (detect.py)
+    ask       a language model, where these are uncertain           (second.py)
     settle    decisions, in each stream's order                     (streams.py, decide.py)
 
 Whoever owns a lane publishes what `Lane.take` returns: worker/publish.py in one Kafka
@@ -17,14 +18,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 import structlog
 
 from detectors.keywords import KeywordFile
-from detectors.load import load_combination, load_detectors
+from detectors.load import load_combination, load_detectors, load_second
 from detectors.protocol import Detector, Encoded, Passage
+from detectors.second import Second
 from worker import detect, metrics
 from worker.assemble import Segment
 from worker.batch import Batcher
@@ -32,6 +35,7 @@ from worker.cache import ScoreCache, connect
 from worker.decide import Judgement, is_probability, keyword_scores
 from worker.errors import DetectorError
 from worker.prefilter import Prefilter
+from worker.second import Answer, Question, SecondLook, spec_of
 from worker.settings import Settings
 from worker.streams import Lane, Rules
 from worker.thresholds import Thresholds, shipped_thresholds
@@ -47,8 +51,8 @@ class Work:
     """One segment on its way to a judgement."""
 
     __slots__ = (
-        "alone", "attempts", "done", "encoded", "harms", "infer_ms", "key", "lane", "longest",
-        "partial", "prefilter_ms", "queue_ms", "rows", "segment", "tokenise_ms",
+        "alone", "asked", "attempts", "done", "encoded", "harms", "infer_ms", "key", "lane",
+        "longest", "partial", "prefilter_ms", "queue_ms", "rows", "segment", "tokenise_ms",
     )  # fmt: skip
 
     def __init__(self, lane: Lane, segment: Segment) -> None:
@@ -60,6 +64,7 @@ class Work:
         self.harms: frozenset[str] = frozenset()  # of keywords that do not settle it
         self.partial: tuple[float, ...] | None = None  # scores of a failed try; NaN where missing
         self.alone = self.done = False
+        self.asked = False  # its scores are there; a second look is on its way
         self.attempts = 0
         self.queue_ms = self.prefilter_ms = self.tokenise_ms = self.infer_ms = 0.0
 
@@ -86,14 +91,19 @@ class Pipeline:
 
     def __init__(
         self, settings: Settings, detectors: Sequence[Detector] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, second: Second | None = None,
     ) -> None:  # fmt: skip
+        """detectors, second: instead of those that the settings name."""
         self.settings = settings
         self.clock = clock
         self.on_output: Callable[[Lane], None] = lambda _: None
         self.detectors = tuple(detectors or load_detectors(settings.detectors, settings.models))
         self._combination = load_combination(settings.models, self.detectors)
-        model = detect.model_id(self.detectors, self._combination)
+        spec = spec_of(settings)
+        if second is None and spec is not None:
+            second = load_second(spec, settings.models, self.detectors, self._combination)
+        encoders = detect.model_id(self.detectors, self._combination)
+        model = detect.model_id(self.detectors, self._combination, second.digest if second else "")
         shipped = shipped_thresholds(self.detectors, self._combination)
         self.thresholds = Thresholds(shipped, settings, model)
         self._keywords = KeywordFile(
@@ -120,7 +130,9 @@ class Pipeline:
             entries=settings.cache_entries, ttl_s=settings.cache_ttl_s,
             deadline_ms=settings.redis_deadline_ms, clock=clock,
         )  # fmt: skip
-        self._prefilter = Prefilter(settings, self._keywords, self._cache, model, clock)
+        # Cached are the encoders' scores, which no second look moves; its own have their own keys.
+        self._prefilter = Prefilter(settings, self._keywords, self._cache, encoders, clock)
+        self._second = SecondLook(second, settings, self._cache, clock) if second else None
         self._exit = AsyncExitStack()
 
     def _next_tail(self, tail: str, text: str) -> str:
@@ -134,6 +146,8 @@ class Pipeline:
         self._exit.push_async_callback(self._cache.close)
         self._exit.callback(self._threads.shutdown, wait=False, cancel_futures=True)
         self._exit.callback(self._encoder.shutdown, wait=False, cancel_futures=True)
+        if self._second is not None:
+            self._exit.push_async_callback(self._second.close)
         self._tasks = await self._exit.enter_async_context(asyncio.TaskGroup())
         self._running = [
             self._tasks.create_task(step)
@@ -141,6 +155,7 @@ class Pipeline:
                 self._screen(),
                 self._watch_deadlines(),
                 *(self._detect() for _ in range(self.settings.infer_threads)),
+                *(self._second.runs() if self._second else ()),
             )
         ]
         return self
@@ -161,8 +176,8 @@ class Pipeline:
 
     @property
     def delay_s(self) -> float:
-        """How long the oldest segment that is not judged yet has waited."""
-        while self._outstanding and self._outstanding[0].done:
+        """How long the oldest segment has waited that the detectors have not judged yet."""
+        while self._outstanding and (self._outstanding[0].done or self._outstanding[0].asked):
             self._outstanding.popleft()
         return self.clock() - self._outstanding[0].born if self._outstanding else 0.0
 
@@ -218,7 +233,7 @@ class Pipeline:
             if screened.scores is not None:
                 self._settle(work, screened.scores, screened.stage)
             elif known is not None:
-                self._settle(work, known, "cache")
+                self._judged(work, known, "cache")
             else:
                 left.append(work)
         return left
@@ -236,7 +251,7 @@ class Pipeline:
             if scores is None:
                 left.append(work)
             else:
-                self._settle(work, scores, "cache")
+                self._judged(work, scores, "cache")
         return left
 
     async def _encode(self, works: Sequence[Work]) -> None:
@@ -326,7 +341,41 @@ class Pipeline:
             self.tokens_in += row.tokens
         self.tokens_of_text += work.encoded[0].text_tokens
         self._cache.store([(work.key, scores)])
-        self._settle(work, scores, stage)
+        self._judged(work, scores, stage)
+
+    # -- the second look ----------------------------------------------------------------------
+
+    def _judged(self, work: Work, scores: tuple[float, ...], stage: str) -> None:
+        """The encoders have spoken: settle the segment, or ask where they are uncertain."""
+        columns: tuple[int, ...] = ()
+        if self._second is not None and self._wanted(work):
+            in_force = self.thresholds.of(work.segment.stream.tenant).values
+            columns = self._second.uncertain(scores, in_force)
+        if self._second is None or not columns:
+            self._settle(work, scores, stage)
+            return
+        work.asked = True
+        hold_s, deadline_s = (
+            ms / 1e3 for ms in (self.settings.hold_timeout_ms, self.settings.logprob_deadline_ms)
+        )
+        ends = min(self.clock() + deadline_s, work.born + hold_s)
+        answered = partial(self._answered, work, scores, stage, columns)
+        self._second.ask(
+            Question(work.passage, columns, ends, answered, partial(self._wanted, work)), work.key
+        )
+
+    def _answered(
+        self, work: Work, scores: tuple[float, ...], stage: str, columns: tuple[int, ...],
+        answer: Answer,
+    ) -> None:  # fmt: skip
+        """Put what the second look says in place of the uncertain scores; or let them stand."""
+        if answer.scores is None:
+            self._settle(work, scores, stage, unasked=True)
+            return
+        work.infer_ms += answer.took_ms
+        seen = dict(zip(columns, answer.scores, strict=True))
+        scores = tuple(seen.get(column, score) for column, score in enumerate(scores))
+        self._settle(work, scores, answer.stage)
 
     def _failed(self, works: Sequence[Work], error: DetectorError) -> None:
         """Try again, each alone, until its deadline: the text stays held meanwhile."""
@@ -360,13 +409,13 @@ class Pipeline:
         while True:
             await asyncio.sleep(min(0.02, hold_s / 4))
             now = self.clock()
-            self._failing = [work for work in self._failing if self._wanted(work)]
+            self._failing = [it for it in self._failing if self._wanted(it) and not it.asked]
             for work in self._failing:
                 if now - work.born >= hold_s:
                     self._give_up(work)
             while self._outstanding:
                 work = self._outstanding[0]
-                if self._wanted(work):
+                if self._wanted(work) and not work.asked:
                     if now - max(work.born, self._progress) < hold_s:
                         break
                     self._give_up(work)
@@ -388,7 +437,9 @@ class Pipeline:
             return False
         return True
 
-    def _settle(self, work: Work, scores: tuple[float, ...] | None, stage: str) -> None:
+    def _settle(
+        self, work: Work, scores: tuple[float, ...] | None, stage: str, unasked: bool = False
+    ) -> None:
         if not self._wanted(work):
             return
         work.done = True
@@ -396,8 +447,9 @@ class Pipeline:
         if scores is not None and work.harms:
             scores = tuple(map(max, scores, keyword_scores(work.harms)))
         judgement = Judgement(
-            scores, stage, "", work.queue_ms, work.prefilter_ms, work.tokenise_ms, work.infer_ms
-        )
+            scores, stage, "", work.queue_ms, work.prefilter_ms, work.tokenise_ms, work.infer_ms,
+            unasked=unasked,
+        )  # fmt: skip
         metrics.SEGMENTS.labels(stage).inc()
         work.segment.judgement = judgement
         self._advance(work.lane, work.segment)

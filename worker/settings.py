@@ -198,6 +198,17 @@ class Settings(BaseSettings):
     hold_timeout_ms: int = Field(5_000, ge=1)  # a failing or silent detector blocks after so long
     max_waiting_segments: int = Field(2_000, ge=1)  # more pause the partitions
 
+    # second look, where the detectors are uncertain; docs/logprob.md
+    # a model's folder under `models`, a completions server as http://...:8000/v1, or
+    # python:module:factory; empty: off, since no model ships
+    logprob: str = ""
+    logprob_model: str = ""  # as the server calls it
+    logprob_key: SecretStr | None = None  # the server's, if it wants one
+    logprob_plan: Path | None = None  # second.json; a folder has its own
+    logprob_deadline_ms: int = Field(1_000, ge=1)  # then the detectors' scores stand
+    logprob_queue: int = Field(64, ge=1)  # segments that wait for it; more are not asked about
+    logprob_threads: int = Field(1, ge=1)  # of its own; more for a server, cores for a folder
+
     # policy
     tenants: dict[str, TenantPolicy] = {}  # `default` serves tenants that are not named
 
@@ -229,6 +240,8 @@ class Settings(BaseSettings):
             raise ValueError("release_ahead_chars: must not exceed min_segment_chars")
         if self.heartbeat_interval_ms * 3 > self.session_timeout_ms:
             raise ValueError("heartbeat_interval_ms: at most a third of session_timeout_ms")
+        if self.logprob and self.logprob_deadline_ms >= self.hold_timeout_ms:
+            raise ValueError("logprob_deadline_ms: must be less than hold_timeout_ms")
         return self
 
     def tenant(self, name: str) -> TenantPolicy:

@@ -1,0 +1,299 @@
+"""second.py: whom a language model is asked about, and what happens when it does not answer."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from detectors.logprob import Helper, HelperError
+from detectors.second import Band, Line, Plan, Second
+from tests.fakes import SaysDetector, SaysHelper, second_plan
+from tests.lanes import delta
+from worker import metrics
+from worker.events import Decision
+from worker.pipeline import Pipeline
+from worker.settings import Settings, TenantPolicy
+
+PAD = " Padding that makes of it a segment."
+
+
+def text(violence: float, second: float, more: str = "") -> str:
+    return f"violence={violence:.3f} second={second:.3f}.{PAD}{more}"
+
+
+class Scripted(SaysHelper):
+    """Calls `script` before it answers."""
+
+    def __init__(self, script: Callable[[], None]) -> None:
+        super().__init__()
+        self.script = script
+
+    def __call__(self, prompts: list[str]) -> list[list[float]]:
+        self.asked.append(prompts)
+        self.script()
+        return [self._row(prompt) for prompt in prompts]
+
+
+def second_of(helper: Helper, plan: Plan | None = None) -> Second:
+    plan = plan or second_plan()
+    return Second(plan, helper, plan.digest("helper"))
+
+
+@contextmanager
+def counted(cause: str) -> Iterator[Callable[[], int]]:
+    """How often the cause was counted since."""
+    counter = metrics.LOGPROB_UNAVAILABLE.labels(cause)
+    before = counter._value.get()
+    yield lambda: int(counter._value.get() - before)
+
+
+async def decide(
+    second: Second | None, *texts: str, after: float = 0.0, **overrides: Any
+) -> list[Decision]:
+    """One decision a text, each a stream of its own, in their order; fed `after` seconds apart."""
+    # `other` is out of the way: these detectors say the same of it as of violence.
+    policy = {"default": TenantPolicy(thresholds={"other": 1.0, "violence": 0.5})}
+    chosen = Settings(**{"tenants": policy, "logprob_deadline_ms": 2_000} | overrides)
+    async with Pipeline(chosen, [SaysDetector()], second=second) as pipeline:
+        lane = pipeline.lane("in", 0)
+        made: dict[str, Decision] = {}
+        for number, it in enumerate(texts):
+            value = delta(f"s{number}", 0, it, True)
+            pipeline.submit(lane, lane.feed(number, 0, None, value, pipeline.clock(), 0))
+            await asyncio.sleep(after)
+        while lane.open_streams:
+            await asyncio.sleep(0.002)
+        output = lane.take(pipeline.clock(), drain=True)
+        assert output is not None
+        made |= {it.stream_id: it for it in output.decisions}
+    return [made[f"s{number}"] for number in range(len(texts))]
+
+
+@pytest.mark.parametrize(
+    ("violence", "second", "verdict"),
+    [(0.45, 0.9, "block"), (0.55, 0.1, "allow"), (0.4, 0.9, "block"), (0.6, 0.1, "allow")],
+)
+async def test_inside_the_band_the_second_look_counts(
+    violence: float, second: float, verdict: str
+) -> None:
+    """Both ways, and at the band's ends too; the decision says what settled it."""
+    (made,) = await decide(second_of(SaysHelper()), text(violence, second))
+    assert (made.verdict, made.stage) == (verdict, "logprob")
+    assert made.scores["violence"] == pytest.approx(second)
+    assert "unavailable" not in made.reason
+
+
+@pytest.mark.parametrize(("violence", "verdict"), [(0.39, "allow"), (0.61, "block")])
+async def test_outside_the_band_nobody_is_asked(violence: float, verdict: str) -> None:
+    """What the encoders are sure of stays theirs."""
+    helper = SaysHelper()
+    (made,) = await decide(second_of(helper), text(violence, 1 - violence))
+    assert (made.verdict, made.stage, helper.asked) == (verdict, "toxicity", [])
+    assert made.scores["violence"] == violence
+
+
+async def test_the_band_is_around_the_tenants_threshold() -> None:
+    """What is uncertain for one tenant is certain for another."""
+    policy = TenantPolicy(thresholds={"other": 1.0, "violence": 0.8})
+    helper = SaysHelper()
+    made = await decide(
+        second_of(helper), text(0.5, 0.9), text(0.85, 0.1), tenants={"default": policy}
+    )
+    assert [(it.verdict, it.stage) for it in made] == [("allow", "toxicity"), ("allow", "logprob")]
+
+
+async def test_only_the_uncertain_harms_scores_are_replaced() -> None:
+    """Of two with a band the one inside it; a harm without one keeps its score, wherever it is."""
+    lines = {"violence": Line(1.0, 0.0), "hate_speech": Line(1.0, 0.0)}
+    bands = {"violence": Band(0.1, 0.1), "hate_speech": Band(0.1, 0.1), "harmful": Band(0.0, 0.0)}
+    helper = SaysHelper()
+    (made,) = await decide(
+        second_of(helper, second_plan(calibration=lines, band=bands)), text(0.5, 0.2)
+    )
+    assert made.scores["violence"] == pytest.approx(0.2)
+    assert (made.scores["hate_speech"], made.harmful) == (0.0, 0.5)
+    assert len(helper.asked) == 1
+
+
+async def test_off_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default: no second look, and the model's id is that of the encoders alone."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("worker.pipeline.load_second", refuse)
+    (made,) = await decide(None, text(0.5, 0.9))
+    assert (made.verdict, made.stage, made.model) == ("allow", "toxicity", "toxicity@5a155a")
+
+
+async def test_its_digest_is_part_of_the_models_name() -> None:
+    """And another plan is another model."""
+    wider = second_plan(band={"violence": Band(0.2, 0.1)})
+    plans = (second_plan(), wider)
+    names = [(await decide(second_of(SaysHelper(), it), text(0.1, 0.1)))[0].model for it in plans]
+    assert names == [f"toxicity@5a155a+logprob@{it.digest('helper')[:6]}" for it in plans]
+    assert len(set(names)) == 2
+
+
+# -- without an answer ------------------------------------------------------------------------
+
+
+def down() -> None:
+    raise HelperError("status 500")
+
+
+def wrong() -> None:
+    raise ValueError("whatever")
+
+
+@pytest.mark.parametrize("script", [down, wrong])
+async def test_a_helper_that_fails_leaves_the_encoders_verdict(script: Callable[[], None]) -> None:
+    """On both sides of the threshold, at once, and the reason says so; the next is asked again."""
+    helper = Scripted(script)
+    with counted("down") as count:
+        begun = time.monotonic()
+        made = await decide(second_of(helper), text(0.45, 0.9), text(0.55, 0.1))
+        assert time.monotonic() - begun < 1.5
+        assert count() == 2
+    assert [it.verdict for it in made] == ["allow", "block"]
+    assert {it.stage for it in made} == {"toxicity"}
+    assert all(it.reason.endswith("; logprob unavailable") for it in made)
+    assert made[0].scores["violence"] == 0.45
+    assert len(helper.asked) == 2
+
+
+async def test_a_score_that_is_no_number_is_no_answer() -> None:
+    """NaN must not get past a threshold."""
+
+    class NaN(SaysHelper):
+        def _row(self, prompt: str) -> list[float]:
+            return [float("nan")] * len(prompt)
+
+    (made,) = await decide(second_of(NaN()), text(0.55, 0.1))
+    assert (made.verdict, made.scores["violence"]) == ("block", 0.55)
+    assert made.reason.endswith("; logprob unavailable")
+
+
+async def test_a_slow_helper_is_not_waited_for_and_others_wait_not_at_all() -> None:
+    """At the deadline the encoders' verdict stands; certain segments are decided meanwhile."""
+    release = threading.Event()
+    helper = Scripted(lambda: release.wait(10) and None)
+    try:
+        with counted("late") as count:
+            made = await decide(
+                second_of(helper), text(0.45, 0.9), text(0.1, 0.1), text(0.9, 0.9),
+                logprob_deadline_ms=300,
+            )  # fmt: skip
+            assert count() == 1
+    finally:
+        release.set()
+    assert made[0].verdict == "allow"
+    assert made[0].reason.endswith("; logprob unavailable")
+    assert made[0].timing_ms.total >= 300
+    assert [it.verdict for it in made[1:]] == ["allow", "block"]
+    assert max(it.timing_ms.total for it in made[1:]) < 300
+
+
+async def test_a_full_queue_refuses() -> None:
+    """One is asked, one waits, the third has its verdict at once."""
+    release = threading.Event()
+    helper = Scripted(lambda: release.wait(10) and None)
+    try:
+        with counted("refused") as count:
+            made = await decide(
+                second_of(helper), *(text(0.45, 0.9, str(n)) for n in range(3)),
+                logprob_queue=1, logprob_deadline_ms=400, after=0.05,
+            )  # fmt: skip
+            assert count() == 1
+    finally:
+        release.set()
+    assert {it.verdict for it in made} == {"allow"}
+    assert all(it.reason.endswith("; logprob unavailable") for it in made)
+    assert made[2].timing_ms.total < 200
+
+
+async def test_after_failures_in_a_row_it_is_left_alone_for_a_while() -> None:
+    """Five failures; what comes then is decided without a call. Later it is asked again."""
+    failing = [True]
+    helper = Scripted(lambda: down() if failing[0] else None)
+    second = second_of(helper)
+    with counted("refused") as count:
+        made = await decide(second, *(text(0.45, 0.9, str(n)) for n in range(9)), after=0.02)
+        assert count() == 4
+    assert len(helper.asked) == 5
+    assert {it.verdict for it in made} == {"allow"}
+
+
+async def test_it_comes_back_after_a_while() -> None:
+    """The first that is asked again answers, and then all are asked."""
+    failing = [True]
+    helper = Scripted(lambda: down() if failing[0] else None)
+
+    async def mend() -> None:
+        while len(helper.asked) < 5:
+            await asyncio.sleep(0.01)
+        failing[0] = False
+
+    mending = asyncio.create_task(mend())
+    texts = [text(0.45, 0.9, str(n)) for n in range(20)]
+    made = await decide(second_of(helper), *texts, after=0.15)
+    await mending
+    assert [it.stage for it in made[:5]] == ["toxicity"] * 5
+    assert [it.stage for it in made[-3:]] == ["logprob"] * 3
+
+
+async def test_behind_a_helper_that_hangs_nobody_queues() -> None:
+    """Once every thread has hung for a deadline, what is uncertain is decided at once."""
+    release = threading.Event()
+    helper = Scripted(lambda: release.wait(10) and None)
+    try:
+        made = await decide(
+            second_of(helper), text(0.45, 0.9), text(0.45, 0.9, "later"),
+            logprob_deadline_ms=200, after=0.3,
+        )  # fmt: skip
+    finally:
+        release.set()
+    assert made[1].timing_ms.total < 150
+    assert made[1].reason.endswith("; logprob unavailable")
+
+
+# -- what is remembered -----------------------------------------------------------------------
+
+
+async def test_an_answer_is_remembered_and_a_fall_back_is_not() -> None:
+    """The same text again: no call, stage `cache`, the same scores. After a failure: asked anew."""
+    helper = SaysHelper()
+    first, again = await decide(second_of(helper), *[text(0.45, 0.9)] * 2, after=0.2)
+    assert (first.stage, again.stage, again.scores) == ("logprob", "cache", first.scores)
+    assert again.verdict == "block"
+    assert len(helper.asked) == 1
+
+    scripts = [down]
+    failing = Scripted(lambda: scripts.pop()() if scripts else None)
+    first, again = await decide(second_of(failing), *[text(0.45, 0.9)] * 2, after=0.2)
+    assert (first.verdict, again.verdict, again.stage) == ("allow", "block", "logprob")
+
+
+async def test_remembered_scores_follow_a_threshold_that_moves() -> None:
+    """Encoders' scores are cached, not what became of them: another band, another question."""
+    helper = SaysHelper()
+    chosen = Settings(tenants={"default": TenantPolicy(thresholds={"other": 1.0})})
+    decisions: list[Decision] = []
+    async with Pipeline(chosen, [SaysDetector()], second=second_of(helper)) as pipeline:
+        lane = pipeline.lane("in", 0)
+        for number, threshold in enumerate((0.3, 0.5, 0.3)):
+            pipeline.thresholds.update("default", "violence", threshold, number + 1)
+            value = delta(f"s{number}", 0, text(0.5, 0.2), True)
+            pipeline.submit(lane, lane.feed(number, 0, None, value, pipeline.clock(), 0))
+            while lane.open_streams:
+                await asyncio.sleep(0.002)
+            output = lane.take(pipeline.clock(), drain=True)
+            assert output is not None
+            decisions += output.decisions
+    assert [it.verdict for it in decisions] == ["block", "allow", "block"]
+    assert [it.stage for it in decisions] == ["toxicity", "logprob", "cache"]
+    assert [round(it.scores["violence"], 3) for it in decisions] == [0.5, 0.2, 0.5]
