@@ -11,7 +11,7 @@ be left out: those of prompts.py. `encoders` is what `encoders` gives for the de
 band was chosen with: around other scores it would be a band around nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -96,7 +96,7 @@ class Second:
 
     def __init__(self, plan: Plan, helper: Helper, digest: str) -> None:
         """digest: hex, of everything that can move a score."""
-        self.helper = helper
+        self._helper = helper
         self.digest = digest
         self._asked = [_Asked(COLUMNS.index(it), band) for it, band in plan.bands().items()]
         limits = Limits(plan.limits.conversation, plan.limits.before)
@@ -124,6 +124,11 @@ class Second:
         Raises HelperError where the helper gives no answer, ValueError where it gives a wrong one.
         """
         return self._judges[column].classify([passage])[0]
+
+    def close(self) -> None:
+        """End the helper, where it can be ended: threads and connections of a server's."""
+        closing: Callable[[], object] = getattr(self._helper, "close", lambda: None)
+        closing()
 
 
 class _Asked(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from detectors.harms import COLUMNS
+from detectors.logprob import HelperError
 from detectors.prompts import PROMPTS
 from detectors.protocol import Detector, Encoded, FloatArray, Passage, Window
 from detectors.second import FORMAT, Band, Line, Plan
@@ -118,6 +119,7 @@ class SaysHelper:
     """A language model that finds a text as harmful as it says, as in "second=0.31"; else 0.5.
 
     A token is a character. With the calibration slope 1, intercept 0 the number is the P_pos.
+    "second=down" is what it has no answer to.
     """
 
     digest = "5ec0" * 8
@@ -129,6 +131,8 @@ class SaysHelper:
     def __call__(self, prompts: list[str]) -> list[list[float]]:
         """Log-probs that are the same for every character of a prompt."""
         self.asked.append(prompts)
+        if any("second=down" in prompt for prompt in prompts):
+            raise HelperError("down")
         return [self._row(prompt) for prompt in prompts]
 
     def split(self, prefix: str, prompt: str) -> int:

@@ -12,6 +12,7 @@ from worker.settings import Action, TenantPolicy
 from worker.thresholds import InForce
 
 _SEVERITY: dict[Action, int] = {"block": 2, "revise": 1, "flag": 0}
+WITHOUT_LOGPROB = "; logprob unavailable"  # ends a reason: the second look did not come in time
 ZEROS = (0.0,) * len(COLUMNS)
 _UNKNOWN = (float("nan"),) * len(COLUMNS)
 
@@ -86,7 +87,7 @@ def rule(judgement: Judgement, in_force: InForce, policy: TenantPolicy) -> Rulin
     if action != "block" and any(policy.fail_mode.get(h, "closed") == "closed" for h in doubt):
         return Ruling("block", None, "policy", "unavailable", known, harmful)
     aside = f"; unavailable, fail_mode open: {', '.join(doubt)}" if doubt else ""
-    aside += "; logprob unavailable" if judgement.unasked else ""
+    aside += WITHOUT_LOGPROB if judgement.unasked else ""
     if worst is None or action is None:
         stage = "policy" if doubt else judgement.stage
         return Ruling("allow", None, stage, f"below thresholds{aside}", known, harmful)

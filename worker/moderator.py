@@ -31,14 +31,16 @@ from typing import Annotated, Any, NamedTuple, Self
 import msgspec
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from detectors.load import load_detectors
+from detectors.load import SecondSpec, load_combination, load_detectors, load_second
 from detectors.protocol import Detector
+from detectors.second import Second
 from worker import metrics
 from worker import settings as settings_module
 from worker.errors import TidegateError
 from worker.events import MAX_ID_CHARS, Channel, Decision, Delta, Revision, TurnRecord, Verdict
 from worker.guarded import Guarded, Holding
 from worker.pipeline import Pipeline
+from worker.second import spec_of
 from worker.settings import Settings
 from worker.streams import Lane
 
@@ -136,7 +138,8 @@ class Moderator:
             detectors = self._detectors or _shared_detectors(
                 self.settings.detectors, self.settings.models
             )
-            async with Pipeline(self.settings, detectors) as pipeline:
+            second = _shared_second(spec_of(self.settings), self.settings.models, tuple(detectors))
+            async with Pipeline(self.settings, detectors, second=second) as pipeline:
                 pipeline.on_output = self._on_output
                 self._pipeline = pipeline
                 ready.set_result(None)
@@ -451,6 +454,16 @@ def _new_id() -> str:
 def _shared_detectors(specs: tuple[str, ...], models: Path) -> tuple[Detector, ...]:
     """Loaded once a process: they hold no state, and take a second to load."""
     return load_detectors(specs, models)
+
+
+@lru_cache(maxsize=1)
+def _shared_second(
+    spec: SecondSpec | None, models: Path, detectors: tuple[Detector, ...]
+) -> Second | None:
+    """As _shared_detectors, and never ended: the next moderator asks it too."""
+    if spec is None:
+        return None
+    return load_second(spec, models, detectors, load_combination(models, detectors))
 
 
 class _Pulled:

@@ -34,6 +34,7 @@ from rich.progress import (
 
 from detectors.protocol import Detector
 from worker.assemble import Segment
+from worker.decide import WITHOUT_LOGPROB
 from worker.errors import Stop
 from worker.events import DeadLetter, Decision
 from worker.moderator import Pace, highest, highest_scores
@@ -182,12 +183,12 @@ class Offline:
         self._detectors = detectors
         self._pace = Pace(settings)
         self._too_long: set[int] = set()  # line numbers
-        self.lines = self.streams = self.blocked = self.unreadable = 0
+        self.lines = self.streams = self.blocked = self.unreadable = self.unasked = 0
 
     async def run(self, chunks: AsyncIterator[list[Line]]) -> None:
         """Judge everything. Raises Stop where too many lines in a row are unreadable; what was
         complete before is decided and written all the same."""
-        async with Pipeline(self._settings, self._detectors) as pipeline:
+        async with Pipeline(self._settings, self._detectors, patient=True) as pipeline:
             self._pipeline = pipeline
             self._lane = pipeline.lane(self._settings.outputs_topic, 0)
             self._order = InOrder(self._lane, self._settings.lookahead_segments)
@@ -290,6 +291,7 @@ class Offline:
             if decision.final:
                 self.streams += 1
                 self.blocked += decision.verdict == "block"
+            self.unasked += decision.reason.endswith(WITHOUT_LOGPROB)
             self._write(decision)
         if not self._order:
             self._flush()
@@ -347,6 +349,8 @@ async def _moderate_files(
             out.flush()
             if run.unreadable:
                 bar.say({"lines": run.lines, "unreadable": run.unreadable})
+            if run.unasked:
+                bar.say({"logprob_unavailable": run.unasked})
 
 
 class _Bar:

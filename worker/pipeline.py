@@ -92,16 +92,22 @@ class Pipeline:
     def __init__(
         self, settings: Settings, detectors: Sequence[Detector] | None = None,
         clock: Callable[[], float] = time.monotonic, second: Second | None = None,
+        patient: bool = False,
     ) -> None:  # fmt: skip
-        """detectors, second: instead of those that the settings name."""
+        """detectors, second: instead of those that the settings name; whoever gives them ends them.
+
+        patient: nobody reads along, so a second look may take as long as the queue before it.
+        """
         self.settings = settings
         self.clock = clock
+        self._exit = AsyncExitStack()
         self.on_output: Callable[[Lane], None] = lambda _: None
         self.detectors = tuple(detectors or load_detectors(settings.detectors, settings.models))
         self._combination = load_combination(settings.models, self.detectors)
         spec = spec_of(settings)
         if second is None and spec is not None:
             second = load_second(spec, settings.models, self.detectors, self._combination)
+            self._exit.callback(second.close)
         encoders = detect.model_id(self.detectors, self._combination)
         model = detect.model_id(self.detectors, self._combination, second.digest if second else "")
         shipped = shipped_thresholds(self.detectors, self._combination)
@@ -132,8 +138,7 @@ class Pipeline:
         )  # fmt: skip
         # Cached are the encoders' scores, which no second look moves; its own have their own keys.
         self._prefilter = Prefilter(settings, self._keywords, self._cache, encoders, clock)
-        self._second = SecondLook(second, settings, self._cache, clock) if second else None
-        self._exit = AsyncExitStack()
+        self._second = SecondLook(second, settings, self._cache, clock, patient) if second else None
 
     def _next_tail(self, tail: str, text: str) -> str:
         return self._keywords.current(self.clock()).next_tail(tail, text)
@@ -147,7 +152,7 @@ class Pipeline:
         self._exit.callback(self._threads.shutdown, wait=False, cancel_futures=True)
         self._exit.callback(self._encoder.shutdown, wait=False, cancel_futures=True)
         if self._second is not None:
-            self._exit.push_async_callback(self._second.close)
+            self._exit.callback(self._second.close)
         self._tasks = await self._exit.enter_async_context(asyncio.TaskGroup())
         self._running = [
             self._tasks.create_task(step)
@@ -355,14 +360,10 @@ class Pipeline:
             self._settle(work, scores, stage)
             return
         work.asked = True
-        hold_s, deadline_s = (
-            ms / 1e3 for ms in (self.settings.hold_timeout_ms, self.settings.logprob_deadline_ms)
-        )
-        ends = min(self.clock() + deadline_s, work.born + hold_s)
+        ends = self._second.ends(self.clock(), work.born + self.settings.hold_timeout_ms / 1e3)
         answered = partial(self._answered, work, scores, stage, columns)
-        self._second.ask(
-            Question(work.passage, columns, ends, answered, partial(self._wanted, work)), work.key
-        )
+        wanted = partial(self._wanted, work)
+        self._second.ask(Question(work.passage, columns, ends, answered, wanted), work.key)
 
     def _answered(
         self, work: Work, scores: tuple[float, ...], stage: str, columns: tuple[int, ...],

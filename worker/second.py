@@ -9,6 +9,7 @@ refused (the queue was full, all threads hang, or the helper is left alone after
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import Any, Final, Literal, NamedTuple
 
 import structlog
@@ -87,15 +88,20 @@ class SecondLook:
     """Asks a Second. Belongs to one event loop."""
 
     def __init__(
-        self, second: Second, settings: Settings, cache: ScoreCache, clock: Callable[[], float]
-    ) -> None:
+        self, second: Second, settings: Settings, cache: ScoreCache, clock: Callable[[], float],
+        patient: bool = False,
+    ) -> None:  # fmt: skip
+        """patient: the deadline is that of one look, and whoever asks waits for a turn."""
         self._second = second
         self._cache = cache
         self._clock = clock
         self._deadline_s = settings.logprob_deadline_ms / 1e3
         self._threads = settings.logprob_threads
         self._pool = ThreadPoolExecutor(self._threads, "tidegate-logprob")
-        self._queue: asyncio.Queue[Question] = asyncio.Queue(settings.logprob_queue)
+        self._queue: asyncio.Queue[Question] = asyncio.Queue(
+            0 if patient else settings.logprob_queue
+        )
+        self._patient = patient
         self._open: set[Question] = set()
         self._breaker = Breaker(_ALONE_S, _ALONE_MOST_S)
         self._failures = 0  # in a row
@@ -105,6 +111,10 @@ class SecondLook:
     def uncertain(self, scores: Sequence[float], thresholds: Sequence[float]) -> tuple[int, ...]:
         """As Second.uncertain."""
         return self._second.uncertain(scores, thresholds)
+
+    def ends(self, now: float, latest: float) -> float:
+        """Monotonic seconds until which an answer to what is asked now is waited for."""
+        return inf if self._patient else min(now + self._deadline_s, latest)
 
     def ask(self, question: Question, key: bytes) -> None:
         """Have the question answered; it may be at once. key: of the segment's detector scores."""
@@ -118,8 +128,10 @@ class SecondLook:
         elif self._queue.full() or self._hanging >= self._threads or not self._breaker.allows(now):
             self._give_up(question, "refused")
         else:
-            loop = asyncio.get_running_loop()
-            question.timer = loop.call_later(question.ends - now, self._give_up, question, "late")
+            if not self._patient:
+                question.timer = asyncio.get_running_loop().call_later(
+                    question.ends - now, self._give_up, question, "late"
+                )
             self._open.add(question)
             self._queue.put_nowait(question)
 
@@ -137,13 +149,11 @@ class SecondLook:
             if question.open:
                 await self._look(question)
 
-    async def close(self) -> None:
-        """Tell nobody any more; end threads and connections."""
+    def close(self) -> None:
+        """Tell nobody any more, and let the threads end."""
         for question in list(self._open):
             self._forget(question)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        closing: Callable[[], object] = getattr(self._second.helper, "close", lambda: None)
-        closing()
 
     async def _look(self, question: Question) -> None:
         started = self._clock()
@@ -157,6 +167,7 @@ class SecondLook:
         if not done:
             self._hanging += 1
             self._failed(started, "no answer in time")
+            self._give_up(question, "late")
         found = await looking
         if not done:
             self._hanging -= 1
@@ -181,7 +192,9 @@ class SecondLook:
         if isinstance(found, Exception):
             # Of other errors the type alone: their text may hold what was judged.
             reason = str(found) if isinstance(found, HelperError) else type(found).__name__
-            if in_time:
+            log.warning("logprob.failed", reason=reason)
+            # A ValueError is about one text: no sender of texts can have the helper left alone.
+            if in_time and not isinstance(found, ValueError):
                 self._failed(started, reason)
             self._give_up(question, "down")
             return
@@ -215,7 +228,6 @@ class SecondLook:
 
     def _failed(self, started: float, reason: str) -> None:
         self._failures += 1
-        log.warning("logprob.failed", reason=reason, in_a_row=self._failures)
         if self._failures < _IN_A_ROW:
             return
         if self._failures == _IN_A_ROW:

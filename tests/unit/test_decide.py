@@ -54,6 +54,21 @@ def test_gravest_action_wins_over_the_largest_margin() -> None:
     assert rule(three, IN_FORCE, policy).harm == "sexual_content"
 
 
+def test_a_second_look_that_did_not_come_is_said_last() -> None:
+    """Of the segment's own window, and of a later one that it lies in; on passes and on blocks."""
+    unasked = judged(violence=0.2)._replace(unasked=True)
+    for judgement in (
+        unasked,
+        combine([judged(), unasked]),
+        combine([unasked, judged(violence=0.9)]),
+        combine([judged(violence=0.9), judged(), unasked]),
+    ):
+        reason = rule(judgement, IN_FORCE, TenantPolicy()).reason
+        assert reason.endswith("; logprob unavailable")
+    whole = rule(combine([judged(), judged()]), IN_FORCE, TenantPolicy())
+    assert whole.reason == "below thresholds"
+
+
 def test_flag_allows_and_says_so() -> None:
     """A flagged segment is shown; its decision names the harm."""
     ruling = rule(judged(violence=0.9), IN_FORCE, TenantPolicy(actions={"violence": "flag"}))

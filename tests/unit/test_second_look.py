@@ -1,22 +1,31 @@
 """second.py: whom a language model is asked about, and what happens when it does not answer."""
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from detectors import second as seconds
 from detectors.logprob import Helper, HelperError
 from detectors.second import Band, Line, Plan, Second
 from tests.fakes import SaysDetector, SaysHelper, second_plan
 from tests.lanes import delta
 from worker import metrics
 from worker.events import Decision
+from worker.moderator import Moderator
+from worker.offline import Line as InputLine
+from worker.offline import Offline
 from worker.pipeline import Pipeline
-from worker.settings import Settings, TenantPolicy
+from worker.settings import HERE, Settings, TenantPolicy
 
 PAD = " Padding that makes of it a segment."
 
@@ -28,7 +37,7 @@ def text(violence: float, second: float, more: str = "") -> str:
 class Scripted(SaysHelper):
     """Calls `script` before it answers."""
 
-    def __init__(self, script: Callable[[], None]) -> None:
+    def __init__(self, script: Callable[[], object]) -> None:
         super().__init__()
         self.script = script
 
@@ -57,7 +66,8 @@ async def decide(
     """One decision a text, each a stream of its own, in their order; fed `after` seconds apart."""
     # `other` is out of the way: these detectors say the same of it as of violence.
     policy = {"default": TenantPolicy(thresholds={"other": 1.0, "violence": 0.5})}
-    chosen = Settings(**{"tenants": policy, "logprob_deadline_ms": 2_000} | overrides)
+    fields: dict[str, Any] = {"tenants": policy, "logprob_deadline_ms": 2_000} | overrides
+    chosen = Settings(**fields)
     async with Pipeline(chosen, [SaysDetector()], second=second) as pipeline:
         lane = pipeline.lane("in", 0)
         made: dict[str, Decision] = {}
@@ -181,39 +191,39 @@ async def test_a_score_that_is_no_number_is_no_answer() -> None:
 async def test_a_slow_helper_is_not_waited_for_and_others_wait_not_at_all() -> None:
     """At the deadline the encoders' verdict stands; certain segments are decided meanwhile."""
     release = threading.Event()
-    helper = Scripted(lambda: release.wait(10) and None)
+    helper = Scripted(lambda: release.wait(10))
     try:
         with counted("late") as count:
             made = await decide(
                 second_of(helper), text(0.45, 0.9), text(0.1, 0.1), text(0.9, 0.9),
-                logprob_deadline_ms=300,
+                logprob_deadline_ms=1_000,
             )  # fmt: skip
             assert count() == 1
     finally:
         release.set()
     assert made[0].verdict == "allow"
     assert made[0].reason.endswith("; logprob unavailable")
-    assert made[0].timing_ms.total >= 300
+    assert made[0].timing_ms.total >= 1_000
     assert [it.verdict for it in made[1:]] == ["allow", "block"]
-    assert max(it.timing_ms.total for it in made[1:]) < 300
+    assert max(it.timing_ms.total for it in made[1:]) < 900
 
 
 async def test_a_full_queue_refuses() -> None:
     """One is asked, one waits, the third has its verdict at once."""
     release = threading.Event()
-    helper = Scripted(lambda: release.wait(10) and None)
+    helper = Scripted(lambda: release.wait(10))
     try:
         with counted("refused") as count:
             made = await decide(
                 second_of(helper), *(text(0.45, 0.9, str(n)) for n in range(3)),
-                logprob_queue=1, logprob_deadline_ms=400, after=0.05,
+                logprob_queue=1, logprob_deadline_ms=1_000, after=0.05,
             )  # fmt: skip
             assert count() == 1
     finally:
         release.set()
     assert {it.verdict for it in made} == {"allow"}
     assert all(it.reason.endswith("; logprob unavailable") for it in made)
-    assert made[2].timing_ms.total < 200
+    assert made[2].timing_ms.total < 800
 
 
 async def test_after_failures_in_a_row_it_is_left_alone_for_a_while() -> None:
@@ -249,15 +259,15 @@ async def test_it_comes_back_after_a_while() -> None:
 async def test_behind_a_helper_that_hangs_nobody_queues() -> None:
     """Once every thread has hung for a deadline, what is uncertain is decided at once."""
     release = threading.Event()
-    helper = Scripted(lambda: release.wait(10) and None)
+    helper = Scripted(lambda: release.wait(10))
     try:
         made = await decide(
             second_of(helper), text(0.45, 0.9), text(0.45, 0.9, "later"),
-            logprob_deadline_ms=200, after=0.3,
+            logprob_deadline_ms=600, after=0.8,
         )  # fmt: skip
     finally:
         release.set()
-    assert made[1].timing_ms.total < 150
+    assert made[1].timing_ms.total < 500
     assert made[1].reason.endswith("; logprob unavailable")
 
 
@@ -297,3 +307,147 @@ async def test_remembered_scores_follow_a_threshold_that_moves() -> None:
     assert [it.verdict for it in decisions] == ["block", "allow", "block"]
     assert [it.stage for it in decisions] == ["toxicity", "logprob", "cache"]
     assert [round(it.scores["violence"], 3) for it in decisions] == [0.5, 0.2, 0.5]
+
+
+# -- what it costs others ---------------------------------------------------------------------
+
+
+async def test_what_would_come_too_late_is_not_begun() -> None:
+    """A look takes as long as the deadline nearly: of several at once the first is in time, and
+    behind it none is begun for nothing."""
+    helper = Scripted(lambda: time.sleep(0.6))
+    second = second_of(helper)
+    first = text(0.45, 0.9, "first")
+    texts = [text(0.45, 0.9, str(n)) for n in range(4)]
+    made = await decide(second, first, *texts, logprob_deadline_ms=1_000)
+    assert [it.stage for it in made] == ["logprob", *["toxicity"] * 4]
+    assert len(helper.asked) == 1
+
+
+async def test_what_was_given_up_is_not_gone_on_with() -> None:
+    """Of two uncertain harms the second is not asked about once the deadline is over."""
+    lines = {"violence": Line(1.0, 0.0), "harmful": Line(1.0, 0.0)}
+    bands = {"violence": Band(0.1, 0.1), "harmful": Band(0.5, 0.5)}
+    helper = Scripted(lambda: time.sleep(0.4))
+    plan = second_plan(calibration=lines, band=bands)
+    (made,) = await decide(second_of(helper, plan), text(0.5, 0.9), logprob_deadline_ms=200)
+    assert made.reason.endswith("; logprob unavailable")
+    await asyncio.sleep(0.5)
+    assert len(helper.asked) == 1
+
+
+async def test_no_text_can_have_the_helper_left_alone() -> None:
+    """A prompt that the model cannot read is no failure of the helper's."""
+    helper = Scripted(wrong)
+    await decide(second_of(helper), *(text(0.45, 0.9, str(n)) for n in range(8)), after=0.02)
+    assert len(helper.asked) == 8
+
+
+async def test_a_late_answer_is_still_remembered() -> None:
+    """It is true, only not in time: the same text again is settled by it."""
+    delays = [0.4]
+    helper = Scripted(lambda: time.sleep(delays.pop() if delays else 0.0))
+    first, again = await decide(
+        second_of(helper), *[text(0.45, 0.9)] * 2, logprob_deadline_ms=200, after=0.6
+    )
+    assert (first.stage, again.stage) == ("toxicity", "cache")
+    assert again.scores["violence"] == pytest.approx(0.9)
+
+
+async def test_a_segment_of_a_blocked_stream_is_not_asked_about() -> None:
+    """Nobody waits for it any more, so nothing of it is counted either."""
+    helper = Scripted(lambda: time.sleep(0.2))
+    streams = text(0.45, 0.1, "first"), text(0.9, 0.9) + " " + text(0.45, 0.9) * 2
+    with counted("late") as late:
+        made = await decide(second_of(helper), *streams, min_segment_chars=40)
+        assert late() == 0
+    assert [it.verdict for it in made] == ["allow", "block"]
+    assert len(helper.asked) == 1
+
+
+async def test_a_pipeline_ends_while_a_helper_hangs() -> None:
+    """It waits for nobody's answer."""
+    release = threading.Event()
+    helper = Scripted(lambda: release.wait(10))
+    chosen = Settings(logprob_deadline_ms=2_000)
+    pipeline = Pipeline(chosen, [SaysDetector()], second=second_of(helper))
+    try:
+        begun = time.monotonic()
+        async with pipeline:
+            lane = pipeline.lane("in", 0)
+            value = delta("s", 0, text(0.7, 0.1), True)
+            pipeline.submit(lane, lane.feed(0, 0, None, value, pipeline.clock(), 0))
+            while not helper.asked:
+                await asyncio.sleep(0.005)
+        assert time.monotonic() - begun < 1.8
+        await asyncio.sleep(2.1)
+        assert not lane.has_output
+    finally:
+        release.set()
+
+
+# -- the same everywhere ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """What names a second look."""
+    seconds.write(tmp_path / seconds.FILE, second_plan())
+    return Settings(
+        detectors=("python:tests.fakes:SaysDetector",), logprob="python:tests.fakes:SaysHelper",
+        logprob_plan=tmp_path / seconds.FILE, logprob_queue=1,
+        tenants={"default": TenantPolicy(thresholds={"other": 1.0, "violence": 0.5})},
+    )  # fmt: skip
+
+
+async def test_a_moderator_looks_twice_too(settings: Settings) -> None:
+    """From settings alone; a second moderator asks the same helper: the first has not ended it."""
+    for _ in range(2):
+        async with Moderator(settings) as moderator:
+            made = await moderator.moderate(text(0.45, 0.9))
+            assert (made.verdict, made.stage) == ("block", "logprob")
+            assert "+logprob@" in made.model
+
+
+def test_a_file_waits_for_every_second_look(settings: Settings) -> None:
+    """Nobody reads along: no queue is too long, so equal input gives equal output."""
+    made: list[Decision] = []
+    count = 40
+    lines = [
+        InputLine(n + 1, delta(f"s{n}", 0, text(0.45, 0.9 if n % 2 else 0.1, str(n)), True))
+        for n in range(count)
+    ]
+
+    async def chunks() -> AsyncIterator[list[InputLine]]:
+        yield lines
+
+    run = Offline(settings, made.append, lambda *_: None)
+    asyncio.run(run.run(chunks()))
+    assert [it.verdict for it in made] == ["allow", "block"] * (count // 2)
+    assert {it.stage for it in made} == {"logprob"}
+    assert run.unasked == 0
+
+
+def test_a_file_says_how_many_second_looks_are_missing(settings: Settings, tmp_path: Path) -> None:
+    """On stderr, beside what is in each decision."""
+    lines = [
+        delta(f"s{n}", 0, f"violence=0.450 second={said}.{PAD}", True)
+        for n, said in enumerate(("down", "0.900"))
+    ]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    fields = settings.model_dump(include={"detectors", "logprob", "logprob_plan"}, mode="json")
+    environment = {
+        f"TIDEGATE_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
+        for name, value in fields.items()
+    }
+    environment["TIDEGATE_TENANTS"] = '{"default": {"thresholds": {"violence": 0.5, "other": 1}}}'
+    ended = subprocess.run(
+        [sys.executable, "-m", "worker.cli", "moderate", "--input", str(tmp_path / "in.jsonl")],
+        env=os.environ | environment, cwd=HERE, capture_output=True, check=True,
+    )  # fmt: skip
+    made = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [(it["verdict"], it["stage"]) for it in made] == [
+        ("allow", "toxicity"),
+        ("block", "logprob"),
+    ]
+    assert b'{"logprob_unavailable":1}' in ended.stderr
