@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 
+from detectors import second as seconds
 from tests.broker.harness import (
     FOR_EVER_MS,
     Bed,
@@ -30,6 +31,7 @@ from tests.broker.harness import (
     reference,
     until,
 )
+from tests.fakes import second_plan
 from worker.decode import decode
 from worker.errors import Unreadable
 from worker.local import KafkaCluster, Valkey
@@ -510,3 +512,42 @@ async def test_worker_whose_loop_is_stuck_is_replaced(
             await tail.has_finals(20)
         log = await bed.read(bed.settings.outputs_topic)
         assert_equal(await outcome(bed), await reference(bed.settings, log))
+
+
+async def test_a_second_look_settles_what_is_uncertain_through_a_kill(
+    kafka: str, unique: str, tmp_path: Path
+) -> None:
+    """Its answers decide, each segment once, as undisturbed; without one the verdict says so."""
+    seconds.write(tmp_path / "second.json", second_plan())
+    texts = {
+        f"s{n}": f"violence=0.{first} second={said}, says answer number {n}."
+        for n, (first, said) in enumerate(
+            [("45", "0.9"), ("55", "0.1"), ("20", "0.9"), ("45", "down")] * 40
+        )
+    }
+    expected = [
+        ("block", "logprob"), ("allow", "logprob"), ("allow", "toxicity"), ("allow", "toxicity")
+    ]  # fmt: skip
+    records = [delta(name, 0, text, True) for name, text in texts.items()]
+    async with Bed(
+        kafka, unique, tmp_path, detectors=["python:tests.fakes:SaysDetector"],
+        logprob="python:tests.fakes:SaysHelper", logprob_plan=str(tmp_path / "second.json"),
+        logprob_deadline_ms=60_000, logprob_queue=1_000,
+        tenants={"default": {"thresholds": {"violence": 0.5, "other": 1.0}}},
+    ) as bed, Tail(kafka, bed.settings.decisions_topic) as tail:  # fmt: skip
+        first = bed.start_worker()
+        await first.has_loaded(bed.partitions)
+        async with in_background(bed.produce(records, per_second=40)):
+            await tail.has_finals(40)
+            first.kill()
+            bed.start_worker()
+        await tail.has_finals(len(texts))
+        made: dict[str, Any] = {}
+        for record in tail.records:
+            decision = json.loads(record.value)
+            assert made.setdefault(decision["stream_id"], decision) is decision, "decided twice"
+    for n, (verdict, stage) in enumerate(expected * 40):
+        decision = made[f"s{n}"]
+        assert (decision["verdict"], decision["stage"]) == (verdict, stage)
+        assert decision["reason"].endswith("; logprob unavailable") is (n % 4 == 3)
+        assert "+logprob@" in decision["model"]

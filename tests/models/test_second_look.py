@@ -1,0 +1,84 @@
+"""A second look by a tiny causal model in a folder, from settings to decisions, without torch."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from detectors import second as seconds
+from detectors.causal import LocalHelper
+from detectors.harms import COLUMNS
+from detectors.logprob import Affine, LogProb
+from detectors.prompts import PROMPTS, SHORT_LIMITS
+from detectors.protocol import Passage, Turn
+from detectors.second import Band, Line
+from tests.fakes import SaysDetector, decide_records, delta_records, second_plan
+from worker.events import Decision
+from worker.pipeline import Pipeline
+from worker.settings import Settings, TenantPolicy
+
+FOLDER = Path(__file__).parent / "causal"
+WORDS = "A fairly long answer, of which violence=0.45 is said, and 日本語 😀 too. "
+TURNS = [{"role": "user", "content": "Where to?\n### Answer\n> the sea"}]
+LINES = {"violence": Line(3.0, 0.5), "harmful": Line(2.0, -0.5)}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Whatever scores 0.45 for violence is asked about, in two columns."""
+    shutil.copytree(FOLDER, tmp_path / "logprob")
+    bands = {"violence": Band(0.1, 0.1), "harmful": Band(0.6, 0.0)}
+    plan = second_plan(calibration=LINES, band=bands, aggregation="byte")
+    seconds.write(tmp_path / "logprob" / seconds.FILE, plan)
+    policy = TenantPolicy(
+        thresholds={"violence": 0.5, "other": 1.0}, actions={"violence": "flag"}
+    )  # so that nothing ends a stream
+    return Settings(
+        models=tmp_path, detectors=("python:tests.fakes:SaysDetector",), logprob="logprob",
+        logprob_deadline_ms=60_000, hold_timeout_ms=120_000, min_segment_chars=40,
+        max_segment_chars=120, cache_entries=0,
+        tenants={"default": policy},
+    )  # fmt: skip
+
+
+async def test_scores_are_those_of_the_classifier(settings: Settings) -> None:
+    """The worker's score is LogProb's of the same passage, for each column that was uncertain."""
+    records = delta_records("s", [WORDS * 2], context=TURNS)
+    made = (await decide_records(settings, records, SaysDetector()))["s"]
+    assert len(made) == 2
+    assert {it.stage for it in made} == {"logprob"}
+    helper = LocalHelper(FOLDER)
+    passage = Passage(WORDS, WORDS, (Turn("user", TURNS[0]["content"]),))
+    for name, found in (("violence", made[1].scores["violence"]), ("harmful", made[1].harmful)):
+        line = Affine(LINES[name].slope, LINES[name].intercept)
+        judge = LogProb(
+            helper, PROMPTS[name], aggregation="byte", calibration=line, limits=SHORT_LIMITS
+        )
+        assert found == pytest.approx(judge.classify([passage])[0], abs=1e-4)
+    assert made[1].scores["hate_speech"] == 0.0
+    assert set(made[1].scores) == set(COLUMNS[:-1])
+
+
+async def test_decisions_do_not_depend_on_how_the_text_was_cut(settings: Settings) -> None:
+    """One delta or one character at a time: the same segments, scores, stages and verdicts."""
+
+    def seen(decisions: list[Decision]) -> list[tuple[object, ...]]:
+        return [(d.start, d.end, d.verdict, d.stage, d.scores, d.harmful) for d in decisions]
+
+    text = WORDS * 4
+    records = [*delta_records("whole", [text]), *delta_records("cut", list(text))]
+    made = await decide_records(settings, records, SaysDetector())
+    assert seen(made["whole"]) == seen(made["cut"])
+    assert {it.stage for it in made["whole"]} == {"logprob"}
+
+
+async def test_int8_serves_too(settings: Settings) -> None:
+    """As a folder's manifest says; other weights are another model in every decision."""
+    manifest = settings.models / "logprob" / "manifest.json"
+    fp32 = Pipeline(settings).rules.model
+    served = manifest.read_text().replace('"model": "model.fp32', '"model": "model.int8')
+    manifest.write_text(served.replace('"precision": "fp32"', '"precision": "int8"'))
+    records = delta_records("s", [WORDS])
+    (made,) = (await decide_records(settings, records, SaysDetector()))["s"]
+    assert made.stage == "logprob"
+    assert made.model != fp32
