@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import uvloop
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -72,7 +72,14 @@ async def read(
                     found.append((now - at) * 1e3)
 
 
-async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -> list[float]:
+class Run(NamedTuple):
+    """One run: its decisions' ages, ms, and the processor share that other machines took."""
+
+    ages: list[float]
+    stolen: float
+
+
+async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -> Run:
     producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers)
     reader = AIOKafkaConsumer(
         settings.decisions_topic, bootstrap_servers=settings.bootstrap_servers,
@@ -82,6 +89,7 @@ async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -
     await reader.start()
     sent: dict[tuple[str, int], float] = {}
     found: list[float] = []
+    stolen = report.Stolen()
     reading = asyncio.create_task(read(reader, sent, found, arguments.warm_up))
     await produce(
         producer, settings, arguments.rate, arguments.seconds + arguments.warm_up,
@@ -91,11 +99,11 @@ async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -
     reading.cancel()
     await producer.stop()
     await reader.stop()
-    return found
+    return Run(found, stolen.share())
 
 
-def row(name: str, runs: Sequence[Sequence[float]], share: float) -> tuple[str, str]:
-    return name, report.spread([report.percentile(run, share) for run in runs])
+def row(name: str, runs: Sequence[Run], share: float) -> tuple[str, str]:
+    return name, report.spread([report.percentile(run.ages, share) for run in runs])
 
 
 async def main() -> None:
@@ -117,23 +125,30 @@ async def main() -> None:
         worker = start_worker(settings, core=None)
         try:
             await asyncio.sleep(4)
-            runs: list[Any] = [
-                await one_run(settings, arguments, run) for run in range(arguments.runs)
-            ]
+            runs = [await one_run(settings, arguments, run) for run in range(arguments.runs)]
         finally:
             worker.terminate()
             worker.wait(30)
     report.show(
         f"Completing delta sent to decision readable, ms, {arguments.rate} deltas/s",
         ("", "median (lowest..highest) of runs"),
-        [row("p50", runs, 0.5), row("p99", runs, 0.99), row("highest", runs, 1.0)],
+        [
+            row("p50", runs, 0.5),
+            row("p99", runs, 0.99),
+            row("highest", runs, 1.0),
+            (
+                "% of the cores taken by other machines",
+                report.spread([run.stolen * 100 for run in runs]),
+            ),
+        ],
     )
     report.close(
         "latency",
         {
-            "p50_ms": [report.percentile(run, 0.5) for run in runs],
-            "p99_ms": [report.percentile(run, 0.99) for run in runs],
-            "decisions": [len(run) for run in runs],
+            "p50_ms": [report.percentile(run.ages, 0.5) for run in runs],
+            "p99_ms": [report.percentile(run.ages, 0.99) for run in runs],
+            "decisions": [len(run.ages) for run in runs],
+            "stolen": [run.stolen for run in runs],
         },
     )
 

@@ -50,7 +50,7 @@ class Limits(NamedTuple):
 
 
 DEFAULT_LIMITS: Final = Limits()
-SHORT_LIMITS: Final = Limits(240, 160)  # what a small model is trained with and reads fast
+SHORT_LIMITS: Final = Limits(160, 100)  # what a small model is trained with and reads fast
 
 
 def head(prompt: str) -> str:

@@ -3,9 +3,11 @@
 A class prompt must make the texts of its class likelier than its opposite does. So the model learns
 from pairs: the same passage behind a harmful and a harmless prompt, and the difference of its
 log-probs (the margin) is the log-odds of the label, as in discriminatively trained GeDi (Krause et
-al. 2021, 2009.06367). A share of the plain language-model loss behind the right prompt stays in, so
-that log-probs stay log-probs. The run folder holds the model as Hugging Face's layout has it, for
-`python -m export.causal --hf RUN/model --start 0`.
+al. 2021, 2009.06367). A share of the plain language-model loss behind the right prompt stays in:
+layers that were taken out are made up for, and log-probs stay log-probs. A margin needs the product
+of two things that are hard to learn at once, what the prompt says and what the text is; so a probe
+that does not outlast training asks a middle layer for each of them. The run folder holds the model
+in Hugging Face's layout, for `python -m export.causal --hf RUN/model --start 0`.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from training.windows import Sample, capped, samples
 
 _HELD_OUT: Final = 240  # passages, half of them harmful
 _ANY_SHARE: Final = 0.6  # of the examples ask for any harm, the others for one
+_PROBED: Final = 67  # per cent of the layers lie before the probe
 _LONGEST: Final = 320  # tokens of prefix and text; few passages have more
 
 
@@ -48,10 +51,11 @@ class Settings:
     )  # of 30: the least loss lost of ten choices
     vocabulary: int = 16_384
     seed: int = 31
-    examples: int = 12_000
+    examples: int = 16_000
     batch_tokens: int = 6_144  # padded, both prompts counted
     learning_rate: float = 3e-4
-    language_share: float = 0.05  # of the plain loss, a token
+    language_share: float = 0.2  # of the plain loss, a token
+    probe_share: float = 0.5  # of the probe's loss
     threads: int = 2
     start_from: str = ""  # a model.pt of an earlier run
 
@@ -72,13 +76,14 @@ class Example(NamedTuple):
 
 
 class Scale(nn.Module):
-    """The language model, and what turns its margins into log-odds."""
+    """The language model, what turns its margins into log-odds, and the probe."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__()
         self.model = model
-        self.slope = nn.Parameter(torch.tensor(0.3))
+        self.slope = nn.Parameter(torch.tensor(0.1))
         self.intercept = nn.Parameter(torch.tensor(0.0))
+        self.probe = nn.Linear(model.config.hidden_size, 2)  # is the text, is the prompt harmful?
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,16 +136,16 @@ def train(run: Path, parts: Parts, scale: Scale, tokenizer: Tokenizer, settings:
     print(f"{len(chosen)} examples, {len(held_out)} held out, {len(steps)} steps", flush=True)
     Loop(
         run, scale, _groups(scale, settings),
-        loss=lambda batch: loss(scale, batch, settings.language_share),
+        loss=lambda batch: loss(scale, batch, settings),
         held_out=lambda: _held_out(scale, batches(held_out, settings.batch_tokens, chance)),
-        steps=steps, pace=Pace(0.04, looks=12, patience=12),
+        steps=steps, pace=Pace(0.04, looks=16, patience=16),
     ).go()  # fmt: skip
 
 
 def _groups(scale: Scale, settings: Settings) -> list[dict[str, Any]]:
     return [
         {"params": list(scale.model.parameters()), "lr": settings.learning_rate},
-        {"params": [scale.slope, scale.intercept], "lr": 1e-2},
+        {"params": [scale.slope, scale.intercept, *scale.probe.parameters()], "lr": 5e-3},
     ]
 
 
@@ -201,8 +206,16 @@ def batches(
     return cut
 
 
-def scores(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-    """(N,) log-prob of each text behind its prefix, nats; rows: ids of prefix and of text.
+class Read(NamedTuple):
+    """N prompts, T tokens of texts in all."""
+
+    scores: Tensor  # (N,) log-prob of each text behind its prefix, nats
+    middle: Tensor  # (T, D) of a middle layer, where the text's tokens are predicted
+    of: Tensor  # (T,) which prompt a token belongs to
+
+
+def read_by(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> Read:
+    """What the model makes of rows, the ids of a prefix and of a text.
 
     The head sees the texts' tokens alone. Padding stands on the right, where a causal model's
     tokens never look.
@@ -214,37 +227,69 @@ def scores(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]])
         ids[row, : len(before) + len(text)] = torch.tensor(before + text)
         own[row, len(before) : len(before) + len(text)] = True
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (N, T, D)
-        logits = model.lm_head(hidden[:, :-1][own[:, 1:]])  # (tokens, V)
-    targets = ids[:, 1:][own[:, 1:]]
-    found = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    of = torch.arange(len(rows))[:, None].expand_as(own[:, 1:])[own[:, 1:]]
-    return torch.zeros(len(rows)).index_add(0, of, found)
+        found = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        predicts = own[:, 1:]
+        logits = model.lm_head(found.last_hidden_state[:, :-1][predicts])  # (T, V)
+        layers = found.hidden_states
+        middle = layers[len(layers) * _PROBED // 100][:, :-1][predicts]
+    said = -nn.functional.cross_entropy(logits.float(), ids[:, 1:][predicts], reduction="none")
+    of = torch.arange(len(rows))[:, None].expand_as(predicts)[predicts]
+    return Read(torch.zeros(len(rows)).index_add(0, of, said), middle.float(), of)
 
 
-def margins(scale: Scale, batch: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,) log-odds, and (B,) scores behind the harmful and behind the harmless prompt."""
+def read_pairs(scale: Scale, batch: Sequence[Example]) -> Read:
+    """Each passage behind its harmful prompt, then each behind its harmless one."""
     rows = [(it.harmful, it.text) for it in batch] + [(it.harmless, it.text) for it in batch]
-    harmful, harmless = scores(scale.model, rows).chunk(2)
-    return scale.slope * (harmful - harmless) + scale.intercept, harmful, harmless
+    return read_by(scale.model, rows)
 
 
-def loss(scale: Scale, batch: Sequence[Example], language_share: float) -> Tensor:
-    """Cross-entropy of the labels, and a share of the right prompt's own, a token."""
-    found, harmful, harmless = margins(scale, batch)
+def log_odds(scale: Scale, found: Read) -> Tensor:
+    """(B,) of the label being harmful."""
+    harmful, harmless = found.scores.chunk(2)
+    return scale.slope * (harmful - harmless) + scale.intercept
+
+
+def loss(scale: Scale, batch: Sequence[Example], settings: Settings) -> Tensor:
+    """Cross-entropy of the labels, with shares of the language model's, a token, and the probe's."""
+    found = read_pairs(scale, batch)
     labels = torch.tensor([it.label for it in batch])
-    told = nn.functional.binary_cross_entropy_with_logits(found, labels)
+    told = _cross_entropy(log_odds(scale, found), labels)
     tokens = torch.tensor([float(len(it.text)) for it in batch])
-    right = torch.where(labels > 0.5, harmful, harmless)
-    return told - language_share * (right / tokens).mean()
+    right = torch.where(labels > 0.5, *found.scores.chunk(2))
+    language = -(right / tokens).mean()
+    asked = torch.tensor([1.0, 0.0]).repeat_interleave(len(batch))
+    truth = torch.stack([labels.repeat(2), asked], dim=1)[found.of]  # (T, 2)
+    probed = _cross_entropy(scale.probe(found.middle), truth)
+    return told + settings.language_share * language + settings.probe_share * probed
+
+
+def _cross_entropy(found: Tensor, truth: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(found, truth)
 
 
 def _held_out(scale: Scale, chosen: Sequence[Sequence[Example]]) -> float:
-    found = torch.cat([margins(scale, batch)[0] for batch in chosen])
+    read = [read_pairs(scale, batch) for batch in chosen]
+    found = torch.cat([log_odds(scale, it) for it in read])
     labels = torch.tensor([it.label for batch in chosen for it in batch])
-    ranked = float(auroc(labels.double().numpy(), found.double().numpy()))
-    print(f"held-out AUROC {ranked:.4f}, slope {scale.slope.item():.3f}", flush=True)
-    return float(nn.functional.binary_cross_entropy_with_logits(found, labels))
+    probed = torch.cat([_of_text(scale, it) for it in read])
+    figures = {
+        "margin": _ranked(found, labels), "probe": _ranked(probed, labels),
+        "slope": round(scale.slope.item(), 3),
+    }  # fmt: skip
+    print(f"held out, AUROC: {figures}", flush=True)
+    return float(_cross_entropy(found, labels))
+
+
+def _of_text(scale: Scale, found: Read) -> Tensor:
+    """(B,) the probe's mean verdict on each text."""
+    count = len(found.scores)
+    said = scale.probe(found.middle)[:, 0]
+    sums = torch.zeros(count).index_add(0, found.of, said)
+    return sum((sums / torch.bincount(found.of, minlength=count)).chunk(2), torch.zeros(count // 2))
+
+
+def _ranked(found: Tensor, labels: Tensor) -> float:
+    return round(float(auroc(labels.double().numpy(), found.double().numpy())), 4)
 
 
 if __name__ == "__main__":
