@@ -250,7 +250,7 @@ def log_odds(scale: Scale, found: Read) -> Tensor:
 
 
 def loss(scale: Scale, batch: Sequence[Example], settings: Settings) -> Tensor:
-    """Cross-entropy of the labels, with shares of the language model's, a token, and the probe's."""
+    """Cross-entropy of the labels, and shares of the language model's (a token) and the probe's."""
     found = read_pairs(scale, batch)
     labels = torch.tensor([it.label for it in batch])
     told = _cross_entropy(log_odds(scale, found), labels)

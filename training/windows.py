@@ -60,6 +60,12 @@ def samples(rows: Iterable[Row], chance: random.Random) -> list[Sample]:
     return [*found, *_alone(found, chance)]
 
 
+def one(row: Row, chance: random.Random) -> Sample:
+    """One of the row's windows whose label is the row's, as the worker would give it."""
+    windows = _harmful_windows(row) if max(row.targets) > 0 else judged(row)
+    return Sample(chance.choice(windows), row.targets, row.weights, row.source)
+
+
 def _of_row(row: Row, chance: random.Random) -> Iterator[Sample]:
     if max(row.targets) > 0:
         windows = _harmful_windows(row)
