@@ -58,7 +58,7 @@ class Goal(NamedTuple):
     @classmethod
     def of(cls, policy: LearnPolicy) -> Self:
         """What a tenant wants."""
-        ratio = max(1.0, policy.min_picked / policy.min_picked_below)
+        ratio = policy.rarer_below
         if policy.recall_floor is None:
             target, wrong = policy.target_precision, policy.reviewer_error
             return cls("precision", target + (1.0 - target) * wrong, ratio)
@@ -194,6 +194,27 @@ def shipped(tenant: str, harm: str, model: str, threshold: float, version: int) 
     )  # fmt: skip
 
 
+def spoken_of(
+    record: ThresholdRecord, model: str, before: ThresholdRecord | None = None
+) -> ThresholdRecord:
+    """The record with what labels have shown of `model`, and of no other.
+
+    before: the last record that was learnt from it. An operator's word outlives models, and so do
+    the fields beside it; a model that comes back has spent some of its epochs' delta.
+    """
+    if record.learnt_from == model:
+        return record
+    if before is None and record.model == model:  # as shipped
+        before = record
+    known = before or shipped(record.tenant, record.harm, model, record.threshold, record.version)
+    return msgspec.structs.replace(
+        record, learnt_from=model, labels=known.labels, walked_from=known.walked_from,
+        level=known.level, delta=known.delta, recall_floor=known.recall_floor,
+        certified=known.certified, certified_before=known.certified_before, epoch=known.epoch,
+        epoch_ms=known.epoch_ms, declined=known.declined,
+    )  # fmt: skip
+
+
 def in_force(record: ThresholdRecord) -> float:
     """The threshold that workers hold scores against, as of this record."""
     return record.threshold if record.status == "applied" else record.previous
@@ -211,6 +232,7 @@ def propose(
     if (current.tenant, current.harm) != tally[:2] or current.model not in {"", tally.model}:
         msg = f"{current.tenant}/{current.harm} of {current.model}: not what the evidence is about"
         raise ValueError(msg)
+    current = spoken_of(current, tally.model)
     draft = _draft(tally, policy, current, now_ms)
     if current.method == "operator":
         record = _held(tally, draft, current)

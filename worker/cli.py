@@ -213,11 +213,15 @@ def set_threshold(
     """Fix a threshold, whatever labels say, or hand it back to them."""
     from worker.operate import fix, hand_back
 
+    settings = _quiet(config)
+    if value == "learn":
+        _say(settings, tenant, harm, hand_back(_shipped(settings)[1]))
+        return
     try:
-        word = hand_back if value == "learn" else fix(float(value))
+        word = fix(float(value))
     except ValueError:
         raise Stop(f"threshold {value!r}: a number in 0..1, or `learn`") from None
-    _say(_quiet(config), tenant, harm, word)
+    _say(settings, tenant, harm, word)
 
 
 def _quiet(config: Path | None) -> Settings:

@@ -135,6 +135,7 @@ class ThresholdRecord(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0  # drift alarms before this
     epoch_ms: int = 0  # decisions settled up to here count for no certificate
     since_ms: int = 0  # the threshold in force is watched from here on
+    learnt_from: str = ""  # the model whose labels have shown all that; an operator's word stays
     alarm: bool = False  # this record answers one
     declined: float | None = None  # an operator said no to it: not proposed again
     precision: float | None = None  # of what lies above the threshold in force, estimated

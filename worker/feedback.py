@@ -348,7 +348,8 @@ class _Counts:
         if record.model not in {"", self.claim.model}:
             return
         threshold = record.threshold if record.status == "applied" else record.previous
-        if record.epoch_ms and (record.epoch, record.epoch_ms) != self._epoch:
+        ours = record.learnt_from in {"", self.claim.model}  # an operator's may tell of another's
+        if ours and record.epoch_ms and (record.epoch, record.epoch_ms) != self._epoch:
             self._epoch = (record.epoch, record.epoch_ms)
             self._begin_epoch()
             self._since_ms = _NOWHERE

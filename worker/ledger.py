@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from detectors.harms import DEFAULT_THRESHOLDS, OTHER
-from worker.certify import propose, shipped
+from worker.certify import propose, shipped, spoken_of
 from worker.decode import decode_label
 from worker.errors import Stop, Unreadable
 from worker.events import DeadLetter, Label, ThresholdRecord
@@ -118,6 +118,7 @@ class Ledger:
         self._model = model
         self._evidence = Evidence(lambda tenant: settings.tenant(tenant).learn)
         self._records: dict[tuple[str, str], ThresholdRecord] = {}  # by tenant and harm
+        self._learnt: dict[Claim, ThresholdRecord] = {}  # the last that was learnt from its model
         self._versions: dict[str, int] = {}  # the latest, by tenant
         self._tests = 0  # since the ledger began
         self._replaying: _Settling | None = None
@@ -245,7 +246,7 @@ class Ledger:
     def _hear(self, raw: Raw, label: Label, judged: Judged | None) -> None:
         self.clock_ms = max(self.clock_ms, raw.at_ms)
         self._settle(self.clock_ms)
-        heard = self._add(label, judged)
+        heard = self._stranger(label, judged) or self._add(label, judged)
         if isinstance(heard, Rejected) or judged is None:
             self._bury(raw, *heard)
             return
@@ -254,6 +255,15 @@ class Ledger:
         if heard.counts or heard.why in _KEPT:
             self._entries.append(_heard(self.clock_ms, label, judged))
             self._settle(self.clock_ms, complained=True)  # an alarm by complaints rings at once
+
+    def _stranger(self, label: Label, judged: Judged | None) -> Rejected | None:
+        """Asked only of labels that come, not of those in the ledger: what counted counts."""
+        if judged is None or label.picked_with is None:  # anybody may complain
+            return None
+        reviewers = self._settings.tenant(judged.tenant).learn.reviewers
+        if not reviewers or label.reviewer in reviewers:
+            return None
+        return Rejected("is none of the tenant's reviewers", "reviewer")
 
     def _add(self, label: Label, judged: Judged | None) -> Accepted | Rejected:
         if judged is not None:
@@ -307,6 +317,7 @@ class Ledger:
             return None  # of a model that does not serve, or fixed in the settings
         self._ensure(claim.tenant, claim.harm)
         current = self._records[claim.tenant, claim.harm]
+        current = spoken_of(current, claim.model, self._learnt.get(claim))
         tally = self._evidence.snapshot(claim)
         now_ms = tally.settled_ms if now_ms is None else now_ms
         record = propose(tally, policy.learn, current, now_ms)
@@ -317,17 +328,25 @@ class Ledger:
 
     def _put_in_force(self, record: ThresholdRecord) -> None:
         self._records[record.tenant, record.harm] = record
+        if record.learnt_from:
+            self._learnt[Claim(record.tenant, record.harm, record.learnt_from)] = record
         latest = max(record.version, self._versions.get(record.tenant, 0))
         self._versions[record.tenant] = latest
         self._evidence.in_force(record)
 
     def _ensure(self, tenant: str, harm: str) -> None:
-        """What nothing is published for, for this model, is as shipped."""
+        """What nothing is published for, for this model, is as shipped.
+
+        A model that comes back starts from what it ships too; but what labels have shown of it
+        holds, and its epochs have spent their part of delta.
+        """
         record = self._records.get((tenant, harm))
         if harm in self._shipped and (record is None or record.model not in {"", self._model}):
             version = record.version if record else 0
             start = self._settings.tenant(tenant).thresholds.get(harm, self._shipped[harm])
-            self._put_in_force(shipped(tenant, harm, self._model, start, version))
+            begun = shipped(tenant, harm, self._model, start, version)
+            known = self._learnt.get(Claim(tenant, harm, self._model))
+            self._put_in_force(spoken_of(begun, self._model, known))
 
     # -- out ----------------------------------------------------------------------------------
 

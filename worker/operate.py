@@ -69,14 +69,22 @@ def fix(value: float) -> Word:
     return word
 
 
-def hand_back(current: ThresholdRecord, clock_ms: int) -> ThresholdRecord:
-    """What is in force stays until labels say otherwise. Raises Stop where labels may already."""
-    if current.method != "operator":
-        raise Stop(f"{current.tenant}/{current.harm}: is not set by an operator, so it learns")
-    return msgspec.structs.replace(
-        current, method="learn", threshold=in_force(current), previous=in_force(current),
-        status="applied", since_ms=clock_ms, reason="",
-    )  # fmt: skip
+def hand_back(model: str) -> Word:
+    """The word after which labels move it again; until they do, what is in force stays.
+
+    model: that serves now; the next one starts from what it ships. Raises Stop where labels move
+    it already.
+    """
+
+    def word(current: ThresholdRecord, clock_ms: int) -> ThresholdRecord:
+        if current.method != "operator":
+            raise Stop(f"{current.tenant}/{current.harm}: is not set by an operator, so it learns")
+        return msgspec.structs.replace(
+            current, method="learn", threshold=in_force(current), previous=in_force(current),
+            status="applied", since_ms=clock_ms, model=model, reason="handed back by an operator",
+        )  # fmt: skip
+
+    return word
 
 
 def _must_be_proposed(current: ThresholdRecord) -> None:

@@ -4,6 +4,7 @@ Kafka's and Redis's own settings carry those clients' names. Units end the names
 """
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -59,11 +60,17 @@ class LearnPolicy(BaseModel):
     bounds: dict[str, tuple[Probability, Probability]] = {}  # default: 0.5, 0.95, as `step`'s
     approval: bool = False  # publish as proposed, for a person to approve
     max_reviewer_share: float = Field(0.6, gt=0.0, le=1.0)  # 1: one reviewer's word will do
+    reviewers: tuple[str, ...] = ()  # whose labels are taken; none named: anybody's
     settle_ms: int = Field(600_000, ge=0)  # after a decision's first label: time to correct it
     test_every: int = Field(10, ge=1)  # settled decisions of a claim between two tests
     min_picked: float = Field(0.05, gt=0.0, le=1.0)  # least picked_with above the lowest bound
     min_picked_below: float = Field(0.001, gt=0.0, le=1.0)  # ... and below it, for recall
     labels_per_step: int = Field(50, ge=1)  # blocked ones that `step` looks at before each step
+
+    @property
+    def rarer_below(self) -> float:
+        """How many times rarer a decision below the lowest bound may be picked than one above."""
+        return max(1.0, round(self.min_picked / self.min_picked_below, 12))
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
@@ -71,7 +78,26 @@ class LearnPolicy(BaseModel):
             if harm not in THRESHOLD_KEYS or lowest > highest:
                 msg = f"bounds of {harm!r}: unknown harm, or lowest above highest"
                 raise ValueError(msg)
+            if math.ceil(round(100 * lowest, 6)) > 100 * highest + 1e-6:
+                msg = f"bounds of {harm!r}: no multiple of 0.01 within, so nothing can be learnt"
+                raise ValueError(msg)
         return self
+
+    @model_validator(mode="after")
+    def _reviewers_enough(self) -> Self:
+        count = len(set(self.reviewers))
+        if count and count * self.max_reviewer_share < 1.0:
+            msg = (
+                f"max_reviewer_share: {self.max_reviewer_share} can never hold with "
+                f"{count} in reviewers, so nothing could be learnt"
+            )
+            raise ValueError(msg)
+        return self
+
+
+def _rarer(name: str, share: float, field: str, lowest: float) -> str:
+    off = "" if share else "; review.per_hour = 0 switches review off"
+    return f"review.{name}: {share} is rarer than learn.{field}, {lowest}, takes{off}"
 
 
 class TenantPolicy(BaseModel):
@@ -88,13 +114,22 @@ class TenantPolicy(BaseModel):
 
     @model_validator(mode="after")
     def _picked_often_enough(self) -> Self:
-        least = {"over": self.learn.min_picked}
-        least |= dict.fromkeys(("near", "rest"), self.learn.min_picked_below)
-        for name, lowest in least.items():
-            share = getattr(self.review, name)
-            if self.review.per_hour and 0.0 < share < lowest:
-                field = "min_picked" if name == "over" else "min_picked_below"
-                msg = f"review.{name}: {share} is rarer than learn.{field}, {lowest}, takes"
+        """Else no label could ever certify anything, or say what was missed."""
+        review, learn = self.review, self.learn
+        if not review.per_hour:
+            return self
+        if review.over < learn.min_picked:
+            raise ValueError(_rarer("over", review.over, "min_picked", learn.min_picked))
+        for name in ("near", "rest"):
+            share, lowest = getattr(review, name), learn.min_picked_below
+            if share < lowest:
+                raise ValueError(_rarer(name, share, "min_picked_below", lowest))
+            if round(review.over / share, 12) > learn.rarer_below:
+                msg = (
+                    f"review.{name}: {share} is {review.over / share:g} times rarer than "
+                    f"review.over, {review.over}; learn.min_picked / learn.min_picked_below is "
+                    f"{learn.rarer_below:g}, which is the most: lower learn.min_picked_below"
+                )
                 raise ValueError(msg)
         return self
 

@@ -176,6 +176,9 @@ async def test_a_proposal_waits_for_an_operator(kafka: str, unique: str, tmp_pat
             assert "nothing is proposed" in refused
             it.command("thresholds", "approve", "default", "violence")
             it.command("thresholds", "set", "default", "hate_speech", "0.42")
+            refused = it.command("thresholds", "set", "default", "violence", "learn", code=1)
+            assert "default/violence: is not set by an operator" in refused
+            it.command("thresholds", "set", "default", "hate_speech", "learn")
             await until(
                 lambda: len(worker.events("threshold.applied")) >= len(thresholds.records), 10.0,
                 "the worker applies them",
@@ -191,9 +194,12 @@ async def test_a_proposal_waits_for_an_operator(kafka: str, unique: str, tmp_pat
         published = [json.loads(record.value) for record in thresholds.records]
         assert found == published
         assert [t["version"] for t in found] == list(range(1, len(found) + 1))
-        assert [(t["harm"], t["status"], t["threshold"]) for t in found[-2:]] == [
-            ("violence", "applied", proposed.threshold), ("hate_speech", "applied", 0.42)
+        assert [(t["harm"], t["threshold"], t["method"]) for t in found[-3:]] == [
+            ("violence", proposed.threshold, "certified"), ("hate_speech", 0.42, "operator"),
+            ("hate_speech", 0.42, "learn"),
         ]  # fmt: skip
+        assert {t["status"] for t in found[-3:]} == {"applied"}
+        assert [t["model"] for t in found[-2:]] == ["", proposed.model]
         (after,) = [r for r in map(json.loads, (r.value for r in reviews.records))
                     if r["stream_id"] == "after"]  # fmt: skip
         assert (after["verdict"], after["thresholds_version"]) == ("block", len(found))
@@ -384,7 +390,7 @@ async def test_review_items_are_published_once_whatever_is_killed(
     it is the decision; nothing else is there."""
     rng = random.Random(6)
     shares = ALL | {"over": 0.8, "near": 0.6, "rest": 0.5}
-    policy = {"default": {"review": shares, "learn": LEARN}}
+    policy = {"default": {"review": shares, "learn": LEARN | {"min_picked_below": 0.3}}}
     async with bed(kafka, unique, tmp_path, tenants=policy, group_instance_id="worker") as it:
         load = spread(rng, 600)
         async with Tail(kafka, it.settings.decisions_topic) as decisions:

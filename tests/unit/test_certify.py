@@ -107,6 +107,23 @@ def test_candidates_go_from_strict_to_loose() -> None:
     assert (GRID[walk(PLAIN, "other")[0]], GRID[walk(PLAIN, "other")[-1]]) == (0.95, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [({"bounds": {"violence": (0.501, 0.509)}}, "bounds of 'violence'.*no multiple"),
+     ({"bounds": {"violence": (0.6, 0.5)}}, "bounds of 'violence'.*lowest above highest"),
+     ({"reviewers": ["ann", "ann"]}, "max_reviewer_share: 0.6.*1 in reviewers"),
+     ({"reviewers": ["ann", "bob"], "max_reviewer_share": 0.4}, "max_reviewer_share: 0.4")],
+)  # fmt: skip
+def test_a_policy_that_could_certify_nothing_is_refused(
+    fields: dict[str, object], names: str
+) -> None:
+    """Rather than label for months in vain."""
+    with pytest.raises(ValueError, match=names):
+        policy(**fields)
+    one = policy(bounds={"violence": (0.57, 0.57)}, reviewers=["ann", "bob"])
+    assert [GRID[at] for at in walk(one, "violence")] == [0.57]
+
+
 def test_the_walk_stops_at_the_first_failure() -> None:
     """What lies beyond is not looked at; what was certified stays so; all worlds must agree."""
     counts = np.zeros((2, len(GRID), 2, 1), np.int32)
@@ -345,7 +362,7 @@ def test_an_operators_threshold_stays() -> None:
 def test_another_model_starts_from_what_it_ships() -> None:
     """Its claim knows nothing of the other's labels, nor takes its record."""
     it = Learner()
-    it.tell([True] * 60)
+    it.tell([True] * 100)
     other = CLAIM._replace(model="m2")
     tally = it.evidence.snapshot(other)
     assert tally.labels == 0
@@ -354,6 +371,25 @@ def test_another_model_starts_from_what_it_ships() -> None:
     first = propose(tally, PLAIN, shipped(*other, 0.64, it.record.version), 100)
     assert first is not None
     assert (in_force(first), first.model, first.version) == (0.64, "m2", it.record.version + 1)
+    assert it.record.certified == 0.5
+    set_once = msgspec.structs.replace(it.record, model="", epoch=3, epoch_ms=50, declined=0.6)
+    after = propose(tally, PLAIN, set_once, 100)
+    assert after is not None
+    assert (after.certified, after.labels, after.epoch, after.epoch_ms) == (None, 0, 0, 0)
+    assert (after.declined, after.learnt_from, in_force(after)) == (None, "m2", 0.5)
+
+
+def test_an_epoch_of_another_model_drops_no_label_of_ours() -> None:
+    """An operator's record is for every model, and tells of the one that had labels then."""
+    it = Learner()
+    later = msgspec.structs.replace(
+        it.record, method="operator", model="", learnt_from="m2", epoch=1, epoch_ms=500
+    )
+    it.publish(later)
+    it.tell([True] * 60)
+    assert it.evidence.snapshot(CLAIM).labels == 60
+    it.publish(msgspec.structs.replace(later, learnt_from="m"))
+    assert it.evidence.snapshot(CLAIM).labels == 0
 
 
 # -- alarms ---------------------------------------------------------------------------------------

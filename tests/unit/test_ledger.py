@@ -5,12 +5,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from detectors.harms import DEFAULT_THRESHOLDS
 from tests.learning import ALL, MODEL, judged, label, settings
+from worker.certify import in_force
 from worker.errors import Stop
 from worker.events import ThresholdRecord
 from worker.feedback import Judged
 from worker.ledger import Entry, Heard, Ledger, Mark, Output, Published, Register
 from worker.merge import Merge, Raw
+from worker.operate import fix, hand_back
 from worker.settings import LearnPolicy, Settings, TenantPolicy
 
 ONE = {"max_reviewer_share": 1.0}
@@ -130,6 +133,41 @@ def test_a_decision_that_was_not_picked_proves_nothing() -> None:
     assert entry.label.picked_with is None
 
 
+def test_where_reviewers_are_named_others_prove_nothing() -> None:
+    """However many names somebody makes up. Anybody may complain."""
+    chosen = settings(reviewers=("ann", "bob"), settle_ms=0)
+    ledger = Ledger(chosen, {}, MODEL)
+    decisions = [judged(n, 0.99) for n in range(100)]
+    for it in decisions:
+        ledger.see_review(it)
+    for n, it in enumerate(decisions[1:]):
+        ledger.hear(raw(label(it, True, f"made up {n}"), n, 1_000 + n), is_last_try=True)
+    ledger.hear(raw(label(decisions[0], True, "ann"), 100, 2_000), is_last_try=True)
+    ledger.hear(raw(label(decisions[1], False, "user", picked_with=None), 101), is_last_try=True)
+    ledger.settle(10_000)
+    output = taken(ledger)
+    assert {(it.reason, it.field) for it in output.dead_letters} == {
+        ("is none of the tenant's reviewers", "reviewer")
+    }
+    assert len(output.dead_letters) == 99
+    counted = [entry for entry in output.entries if isinstance(entry, Heard)]
+    assert [(it.reviewer, it.complaint) for it in counted] == [("ann", False), ("user", True)]
+
+
+def test_what_has_counted_counts_on_when_its_reviewer_has_left() -> None:
+    """Else a list that changes would choose among labels that somebody has looked at."""
+
+    def learnt(*later: str) -> list[ThresholdRecord]:
+        ledger = Ledger(settings(**ONE, reviewers=("r", "s")), {}, MODEL)
+        heard_all(ledger, [judged(n, 0.99) for n in range(10)])
+        successor = again(settings(**ONE, reviewers=later), taken(ledger).entries)
+        heard_all(successor, [judged(n, 0.99) for n in range(10, 30)], reviewer="s")
+        return taken(successor).thresholds
+
+    assert learnt("s") == learnt("r", "s")
+    assert learnt("s")[-1].labels == 14
+
+
 def test_too_many_refused_in_a_row_stop_the_learner() -> None:
     """A tool that sends nonsense is a broken deploy; a sound label between ends the row."""
     chosen = settings().model_copy(update={"max_dead_letters_in_row": 3})
@@ -198,6 +236,71 @@ def test_a_new_model_starts_from_its_own_thresholds() -> None:
     heard_all(successor, [judged(n, 0.9, model="fake@222222") for n in range(50, 54)])
     first = taken(successor).thresholds[0]
     assert (first.previous, first.model, first.version) == (0.85, "fake@222222", last.version + 1)
+
+
+def handed_on(
+    chosen: Settings, entries: list[Entry], decisions: range, model: str, *, harmful: bool
+) -> list[Entry]:
+    """The next learner, whose detectors are `model`: what it adds to the ledger."""
+    ledger = again(chosen, entries, model)
+    heard_all(ledger, [judged(n, 0.99, model=model) for n in decisions], harmful)
+    return taken(ledger).entries
+
+
+def records(entries: list[Entry]) -> list[ThresholdRecord]:
+    return [entry.record for entry in entries if isinstance(entry, Published)]
+
+
+def test_no_certificate_outlives_its_model() -> None:
+    """Not even behind an operator's word, which does: other scores, other labels."""
+    chosen = settings(**ONE, target_precision=0.7)
+    entries = handed_on(chosen, [], range(99), MODEL, harmful=True)
+    assert records(entries)[-1].certified == 0.5
+    clock_ms = Ledger(chosen, {}, MODEL).clock_ms
+    fixed = msgspec.structs.replace(fix(0.9)(records(entries)[-1], clock_ms), version=90)
+    entries.append(Published(fixed))
+    entries += handed_on(chosen, entries, range(100, 300), "fake@222222", harmful=False)
+    word = hand_back("fake@222222")(records(entries)[-1], clock_ms)
+    entries.append(Published(msgspec.structs.replace(word, version=99)))
+    after = handed_on(chosen, entries, range(300, 310), "fake@222222", harmful=False)
+    found = records(after)
+    assert found
+    assert {it.certified for it in found} == {None}
+    assert {in_force(it) for it in found} == {0.9}
+
+
+def test_a_model_that_comes_back_goes_on_where_it_was() -> None:
+    """It starts from what it ships; its certificates hold, and delta that was spent stays spent."""
+    chosen = settings(**ONE, target_precision=0.7)
+    entries = handed_on(chosen, [], range(99), MODEL, harmful=True)
+    entries += handed_on(chosen, entries, range(100, 160), MODEL, harmful=False)
+    ours = records(entries)[-1]
+    assert ours.epoch == 1
+    entries += handed_on(chosen, entries, range(200, 299), "fake@222222", harmful=True)
+    theirs = records(entries)[-1]
+    assert (theirs.epoch, theirs.certified, theirs.learnt_from) == (0, 0.5, "fake@222222")
+    entries += handed_on(chosen, entries, range(300, 600), MODEL, harmful=True)
+    back = [it for it in records(entries) if it.version > theirs.version]
+    assert back[0].previous == DEFAULT_THRESHOLDS["violence"]
+    assert {it.epoch for it in back} == {1}
+    assert back[-1].certified == 0.5
+
+
+def test_what_was_learnt_is_found_again_behind_an_operator_s_word() -> None:
+    """Set while one model served, told an alarm by the next, handed back to the first."""
+    chosen = settings(**ONE, target_precision=0.7)
+    entries = handed_on(chosen, [], range(99), MODEL, harmful=True)
+    entries += handed_on(chosen, entries, range(100, 160), MODEL, harmful=False)
+    version = records(entries)[-1].version
+    fixed = msgspec.structs.replace(fix(0.9)(records(entries)[-1], 0), version=version + 1)
+    entries.append(Published(fixed))
+    entries += handed_on(chosen, entries, range(200, 299), "fake@222222", harmful=False)
+    told = records(entries)[-1]
+    assert (told.alarm, told.method, told.learnt_from) == (True, "operator", "fake@222222")
+    word = hand_back(MODEL)(told, 0)
+    entries.append(Published(msgspec.structs.replace(word, version=told.version + 1)))
+    found = records(handed_on(chosen, entries, range(300, 600), MODEL, harmful=True))
+    assert {it.epoch for it in found} == {1}
 
 
 def test_what_the_settings_fix_does_not_learn() -> None:

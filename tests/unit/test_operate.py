@@ -56,11 +56,11 @@ def test_a_fixed_threshold_holds_for_every_model() -> None:
         "operator",
     )
     assert said.previous == 0.7
-    back = hand_back(said, 2_000)
+    back = hand_back("fake@111111")(said, 2_000)
     assert (in_force(back), back.since_ms) == (0.33, 2_000)
-    assert back.method != "operator"
+    assert (back.method, back.model) == ("learn", "fake@111111")
     with pytest.raises(Stop, match="is not set by an operator"):
-        hand_back(back, 3_000)
+        hand_back("fake@111111")(back, 3_000)
 
 
 def test_a_threshold_outside_0_to_1_is_refused() -> None:

@@ -10,8 +10,10 @@ from pydantic import SecretStr
 
 from detectors.harms import DEFAULT_THRESHOLDS
 from tests.lanes import delta, rules, settings
+from tests.reviews import CLAIM, judged, label
 from worker.decide import Judgement
 from worker.events import Decision, Review, Timing
+from worker.feedback import Evidence
 from worker.sampling import Picker, allowance, factor, roll, stratum
 from worker.settings import LearnPolicy, ReviewPolicy, Settings, TenantPolicy
 from worker.streams import Lane, Output
@@ -32,7 +34,7 @@ def decision(number: int, score: float = 0.0, **fields: Any) -> Decision:
     )  # fmt: skip
 
 
-LEAST = LearnPolicy(min_picked=0.0625, min_picked_below=0.015625)
+LEAST = LearnPolicy(min_picked=0.0625, min_picked_below=0.001)
 
 
 def picker(partitions: int = 1, **review: Any) -> Picker:
@@ -76,15 +78,17 @@ def test_shares_are_what_is_recorded(score: float, share: float) -> None:
 def test_a_replay_picks_the_same_ones() -> None:
     """The id alone rolls the dice; with a key, nobody else knows how."""
     decisions = [decision(n, 0.5) for n in range(2_000)]
-    first = pick_all(picker(near=0.1, rest=0.0, per_hour=10**9), decisions)
-    again = pick_all(picker(near=0.1, rest=0.0, per_hour=10**9), reversed(decisions))
+    first = pick_all(picker(near=0.1, rest=0.003, per_hour=10**9), decisions)
+    again = pick_all(picker(near=0.1, rest=0.003, per_hour=10**9), reversed(decisions))
     assert first == again[::-1]
     assert any(first)
     assert len({roll(one.decision_id) for one in decisions}) == 2_000
     keyed = Settings(
         review_key=SecretStr("secret"),
         tenants={
-            "a": TenantPolicy(review=ReviewPolicy(near=0.1, rest=0.0, per_hour=10**9), learn=LEAST)
+            "a": TenantPolicy(
+                review=ReviewPolicy(near=0.1, rest=0.003, per_hour=10**9), learn=LEAST
+            )
         },
     )
     assert pick_all(Picker(keyed, 0, 1), decisions) != first
@@ -122,7 +126,7 @@ def test_the_budget_holds_and_the_probability_stays_true() -> None:
 
 def test_a_new_hour_has_its_own_budget() -> None:
     """And a clock that was set back does not open it again."""
-    it = picker(over=1.0, near=0.0, rest=0.0, per_hour=3)
+    it = picker(over=1.0, near=0.05, rest=0.05, per_hour=3)
     many = [decision(n, 0.9) for n in range(30)]
     later = [decision(100 + n, 0.9, ts_ms=11 * HOUR_MS) for n in range(30)]
     assert sum(p is not None for p in pick_all(it, many)) == 3
@@ -143,7 +147,9 @@ def test_partitions_share_the_budget(per_hour: int, partitions: int) -> None:
 
 def test_tenants_without_a_policy_share_that_of_default() -> None:
     """Names come from outside: each its own budget would be none."""
-    default = TenantPolicy(review=ReviewPolicy(over=1.0, per_hour=4))
+    default = TenantPolicy(
+        review=ReviewPolicy(near=0.05, rest=0.05, over=1.0, per_hour=4), learn=LEAST
+    )
     it = Picker(Settings(tenants={"default": default}), 0, 1)
     found = pick_all(it, (decision(n, 0.9, tenant=f"t{n}") for n in range(200)))
     assert sum(p is not None for p in found) == 4
@@ -162,17 +168,42 @@ def test_what_no_model_scored_is_not_picked() -> None:
 
 @pytest.mark.parametrize(
     ("review", "names"), [({"over": 0.01}, "review.over.*learn.min_picked,"),
-                          ({"rest": 1e-5}, "review.rest.*learn.min_picked_below")],
+                          ({"over": 0.0}, "review.over.*review.per_hour = 0"),
+                          ({"rest": 1e-5}, "review.rest.*learn.min_picked_below"),
+                          ({"near": 0.0}, "review.near.*learn.min_picked_below"),
+                          ({"over": 0.2}, "review.rest.*100 times rarer than review.over.*is 50")],
 )  # fmt: skip
-def test_a_share_is_not_rarer_than_the_learner_takes(review: dict[str, float], names: str) -> None:
-    """Every label of it would be refused."""
+def test_a_share_is_not_rarer_than_the_learner_takes(review: dict[str, Any], names: str) -> None:
+    """Its labels could not be weighed: nothing would be certified, or nothing said of recall."""
     with pytest.raises(ValueError, match=names):
         TenantPolicy(review=ReviewPolicy(**review))
+    TenantPolicy(review=ReviewPolicy(per_hour=0, **review))
+    TenantPolicy(review=ReviewPolicy(over=0.2), learn=LearnPolicy(min_picked_below=0.0005))
+
+
+@pytest.mark.parametrize("over", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("ratio", [3.0, 7.0, 49.7])
+def test_every_share_that_is_allowed_can_be_weighed(over: float, ratio: float) -> None:
+    """Whatever the budget makes of it: no pick counts as too rare in the learner's evidence."""
+    policy = TenantPolicy(
+        review=ReviewPolicy(over=over, near=over / 2, rest=over / ratio),
+        learn=LearnPolicy(min_picked=0.03, min_picked_below=0.03 / ratio),
+    )
+    evidence = Evidence(lambda _: policy.learn)
+    for used in range(99):
+        scale = factor(used, 99, policy)
+        for name, score in (("over", 0.9), ("near", 0.4), ("rest", 0.1)):
+            number, share = 10 * used + round(10 * score), getattr(policy.review, name) * scale
+            of = judged(number, score, picked_with=share, least=policy.review.over * scale)
+            told = label(number, score=score, picked_with=share)
+            assert evidence.add(told, of, number) == (True, "")
+    tally = evidence.snapshot(CLAIM)
+    assert (tally.too_rare, tally.too_rare_below) == (0, 0)
 
 
 def test_review_shares_do_not_change_the_policy_digest() -> None:
     """Scores are cached under it, and it says what decided."""
-    assert TenantPolicy(review=ReviewPolicy(over=0.5)).digest() == TenantPolicy().digest()
+    assert TenantPolicy(review=ReviewPolicy(near=0.1)).digest() == TenantPolicy().digest()
 
 
 # -- in a lane ------------------------------------------------------------------------------------
@@ -230,7 +261,7 @@ def test_the_count_survives_a_restart_and_is_forgotten_when_it_is_over() -> None
     last = run(successor, ["Bye."], 11 * HOUR_MS)
     assert len(last.reviews) == 1
     lane.done(output, range(len(output.journal)))
-    rarely = reviewed_lane(near=0.0, rest=0.0)
+    rarely = reviewed_lane(near=0.002, rest=0.002)
     rarely.load(output.offset, journal, 2.0)
     assert "" not in dict(run(rarely, ["Some text."]).journal)
     over = run(rarely, ["Some text."], 11 * HOUR_MS).journal
