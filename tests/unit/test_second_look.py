@@ -16,15 +16,18 @@ import pytest
 
 from detectors import second as seconds
 from detectors.logprob import Helper, HelperError
+from detectors.protocol import Passage
 from detectors.second import Band, Line, Plan, Second
 from tests.fakes import SaysDetector, SaysHelper, second_plan
 from tests.lanes import delta
 from worker import metrics
+from worker.cache import ScoreCache
 from worker.events import Decision
 from worker.moderator import Moderator
 from worker.offline import Line as InputLine
 from worker.offline import Offline
 from worker.pipeline import Pipeline
+from worker.second import Answer, Question, SecondLook
 from worker.settings import HERE, Settings, TenantPolicy
 
 PAD = " Padding that makes of it a segment."
@@ -61,14 +64,16 @@ def counted(cause: str) -> Iterator[Callable[[], int]]:
 
 
 async def decide(
-    second: Second | None, *texts: str, after: float = 0.0, **overrides: Any
+    second: Second | None, *texts: str, after: float = 0.0, patient: bool = False, **overrides: Any
 ) -> list[Decision]:
     """One decision a text, each a stream of its own, in their order; fed `after` seconds apart."""
     # `other` is out of the way: these detectors say the same of it as of violence.
     policy = {"default": TenantPolicy(thresholds={"other": 1.0, "violence": 0.5})}
     fields: dict[str, Any] = {"tenants": policy, "logprob_deadline_ms": 2_000} | overrides
     chosen = Settings(**fields)
-    async with Pipeline(chosen, [SaysDetector()], second=second) as pipeline:
+    async with Pipeline(
+        chosen, [SaysDetector()], second=second, patient=patient
+    ) as pipeline:  # fmt: skip
         lane = pipeline.lane("in", 0)
         made: dict[str, Decision] = {}
         for number, it in enumerate(texts):
@@ -208,6 +213,22 @@ async def test_a_slow_helper_is_not_waited_for_and_others_wait_not_at_all() -> N
     assert max(it.timing_ms.total for it in made[1:]) < 900
 
 
+async def test_the_hold_deadline_bounds_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders that were slow leave it what is left of hold_timeout_ms."""
+    monkeypatch.setenv("TIDEGATE_TEST_SCORE_MS", "600")
+    release = threading.Event()
+    helper = Scripted(lambda: release.wait(10))
+    try:
+        (made,) = await decide(
+            second_of(helper), text(0.55, 0.1), hold_timeout_ms=1_000, logprob_deadline_ms=950
+        )
+    finally:
+        release.set()
+    assert made.verdict == "block"
+    assert made.reason.endswith("; logprob unavailable")
+    assert 900 <= made.timing_ms.total < 1_400
+
+
 async def test_a_full_queue_refuses() -> None:
     """One is asked, one waits, the third has its verdict at once."""
     release = threading.Event()
@@ -236,6 +257,16 @@ async def test_after_failures_in_a_row_it_is_left_alone_for_a_while() -> None:
         assert count() == 4
     assert len(helper.asked) == 5
     assert {it.verdict for it in made} == {"allow"}
+
+
+async def test_failures_with_an_answer_between_are_not_in_a_row() -> None:
+    """Four, an answer, four: it was asked each time."""
+    helper = SaysHelper()
+    said = ["down"] * 4 + ["0.900"] + ["down"] * 4 + ["0.900"]
+    texts = [f"violence=0.450 second={it}.{PAD}{n}" for n, it in enumerate(said)]
+    made = await decide(second_of(helper), *texts, after=0.02)
+    assert [it.stage == "logprob" for it in made] == [it != "down" for it in said]
+    assert len(helper.asked) == len(said)
 
 
 async def test_it_comes_back_after_a_while() -> None:
@@ -309,6 +340,51 @@ async def test_remembered_scores_follow_a_threshold_that_moves() -> None:
     assert [round(it.scores["violence"], 3) for it in decisions] == [0.5, 0.2, 0.5]
 
 
+async def test_what_is_remembered_of_one_harm_is_no_answer_about_two() -> None:
+    """A threshold moves, and another harm becomes uncertain too: it is asked about."""
+    lines = {"violence": Line(1.0, 0.0), "harmful": Line(1.0, 0.0)}
+    bands = {"violence": Band(0.1, 0.1), "harmful": Band(0.1, 0.1)}
+    helper = SaysHelper()
+    second = second_of(helper, second_plan(calibration=lines, band=bands))
+    asked, found = [], []
+    async with Pipeline(Settings(), [SaysDetector()], second=second) as pipeline:
+        lane = pipeline.lane("in", 0)
+        pipeline.thresholds.update("default", "violence", 0.5, 1)
+        for number, other in enumerate((0.9, 0.5)):
+            pipeline.thresholds.update("default", "other", other, number + 2)
+            value = delta(f"s{number}", 0, text(0.5, 0.2), True)
+            pipeline.submit(lane, lane.feed(number, 0, None, value, pipeline.clock(), 0))
+            while lane.open_streams:
+                await asyncio.sleep(0.002)
+            output = lane.take(pipeline.clock(), drain=True)
+            assert output is not None
+            found += [it.harmful for it in output.decisions]
+            asked.append(len(helper.asked))
+    assert found == [0.5, pytest.approx(0.2)]
+    assert asked == [1, 3]
+
+
+async def test_two_models_do_not_share_answers() -> None:
+    """One cache, one text, two plans: each asks for itself."""
+    cache = ScoreCache()
+    helper = SaysHelper()
+    for intercept in (0.0, 1.0):
+        plan = second_plan(calibration={"violence": Line(1.0, intercept)})
+        look = SecondLook(second_of(helper, plan), Settings(), cache, time.monotonic)
+        told: list[Answer] = []
+        question = Question(
+            Passage(text(0.5, 0.5), "", ()), (0,), time.monotonic() + 5, told.append, lambda: True
+        )
+        running = asyncio.gather(*look.runs())
+        look.ask(question, b"key")
+        while not told:
+            await asyncio.sleep(0.002)
+        running.cancel()
+        look.close()
+        assert told[0].stage == "logprob"
+    assert len(helper.asked) == 2
+
+
 # -- what it costs others ---------------------------------------------------------------------
 
 
@@ -354,15 +430,55 @@ async def test_a_late_answer_is_still_remembered() -> None:
     assert again.scores["violence"] == pytest.approx(0.9)
 
 
+TWO = text(0.45, 0.9) + " " + text(0.45, 0.1) + " " + PAD * 3  # the first of its segments blocks
+
+
 async def test_a_segment_of_a_blocked_stream_is_not_asked_about() -> None:
-    """Nobody waits for it any more, so nothing of it is counted either."""
+    """Its first segment is blocked by a second look: nobody waits for the next one any more."""
     helper = Scripted(lambda: time.sleep(0.2))
-    streams = text(0.45, 0.1, "first"), text(0.9, 0.9) + " " + text(0.45, 0.9) * 2
     with counted("late") as late:
-        made = await decide(second_of(helper), *streams, min_segment_chars=40)
+        (made,) = await decide(second_of(helper), TWO, min_segment_chars=30)
         assert late() == 0
-    assert [it.verdict for it in made] == ["allow", "block"]
+    assert (made.verdict, made.stage) == ("block", "logprob")
+    await asyncio.sleep(0.3)
     assert len(helper.asked) == 1
+
+
+async def test_what_nobody_waits_for_is_not_counted() -> None:
+    """Its first segment is blocked while the next is being asked about, too slowly."""
+    delays = iter((0.1, 1.2))
+    helper = Scripted(lambda: time.sleep(next(delays)))
+    other = text(0.1, 0.1)
+    with counted("late") as late:
+        made = await decide(
+            second_of(helper), TWO, other, other, min_segment_chars=30, logprob_threads=2,
+            logprob_deadline_ms=600, after=0.5,
+        )  # fmt: skip
+        assert len(helper.asked) == 2
+        assert late() == 0
+    assert made[0].verdict == "block"
+
+
+async def test_where_nobody_reads_along_each_waits_for_its_turn() -> None:
+    """Together they take longer than the deadline, which is each one's own; one alone too long."""
+    helper = Scripted(lambda: time.sleep(0.4))
+    texts = [text(0.45, 0.9, str(n)) for n in range(4)]
+    made = await decide(
+        second_of(helper), *texts, patient=True, logprob_deadline_ms=1_000, logprob_queue=1
+    )
+    assert {it.stage for it in made} == {"logprob"}
+
+    release = threading.Event()
+    hanging = Scripted(lambda: release.wait(10))
+    try:
+        begun = time.monotonic()
+        (only,) = await decide(
+            second_of(hanging), texts[0], patient=True, logprob_deadline_ms=200
+        )  # fmt: skip
+        assert time.monotonic() - begun < 5
+    finally:
+        release.set()
+    assert only.reason.endswith("; logprob unavailable")
 
 
 async def test_a_pipeline_ends_while_a_helper_hangs() -> None:
