@@ -30,6 +30,7 @@ Cause = Literal["late", "down", "refused"]
 _IN_A_ROW: Final = 5  # failures, after which the helper is left alone
 _ALONE_S: Final = 1.0  # for so long at first; doubles
 _ALONE_MOST_S: Final = 30.0
+_BEHIND: Final = 1.25  # of the deadline: a server's call ends too, when nobody waits any more
 _LEARN: Final = 0.2  # weight of the newest look in the typical one
 
 
@@ -40,7 +41,7 @@ def spec_of(settings: Settings) -> SecondSpec | None:
     key = settings.logprob_key
     return SecondSpec(
         settings.logprob, settings.logprob_plan, settings.logprob_model,
-        key.get_secret_value() if key else None, settings.logprob_deadline_ms,
+        key.get_secret_value() if key else None, settings.logprob_deadline_ms * _BEHIND,
     )  # fmt: skip
 
 
@@ -206,9 +207,7 @@ class SecondLook:
         if in_time:
             self._failures = 0
             self._breaker.succeeded()
-        self._cache.store(
-            [(question.key, self._row(question, found))]
-        )  # late ones too: true scores
+        self._cache.store([(question.key, self._row(question, found))])  # late ones are true too
         self._open.discard(question)
         question.close(Answer(found, "logprob", took_s * 1e3))
 

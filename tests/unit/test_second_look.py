@@ -247,13 +247,13 @@ async def test_a_full_queue_refuses() -> None:
     assert made[2].timing_ms.total < 800
 
 
-async def test_after_failures_in_a_row_it_is_left_alone_for_a_while() -> None:
-    """Five failures; what comes then is decided without a call. Later it is asked again."""
-    failing = [True]
-    helper = Scripted(lambda: down() if failing[0] else None)
-    second = second_of(helper)
+@pytest.mark.parametrize("after", [0.0, 0.02])
+async def test_after_failures_in_a_row_it_is_left_alone_for_a_while(after: float) -> None:
+    """Five failures; what comes then, or waits already, is decided without a call."""
+    helper = Scripted(down)
+    texts = [text(0.45, 0.9, str(n)) for n in range(9)]
     with counted("refused") as count:
-        made = await decide(second, *(text(0.45, 0.9, str(n)) for n in range(9)), after=0.02)
+        made = await decide(second_of(helper), *texts, after=after)
         assert count() == 4
     assert len(helper.asked) == 5
     assert {it.verdict for it in made} == {"allow"}
@@ -464,8 +464,9 @@ async def test_where_nobody_reads_along_each_waits_for_its_turn() -> None:
     helper = Scripted(lambda: time.sleep(0.4))
     texts = [text(0.45, 0.9, str(n)) for n in range(4)]
     made = await decide(
-        second_of(helper), *texts, patient=True, logprob_deadline_ms=1_000, logprob_queue=1
-    )
+        second_of(helper), *texts, patient=True, logprob_queue=1,
+        hold_timeout_ms=1_000, logprob_deadline_ms=950,
+    )  # fmt: skip
     assert {it.stage for it in made} == {"logprob"}
 
     release = threading.Event()
@@ -495,6 +496,8 @@ async def test_a_pipeline_ends_while_a_helper_hangs() -> None:
             pipeline.submit(lane, lane.feed(0, 0, None, value, pipeline.clock(), 0))
             while not helper.asked:
                 await asyncio.sleep(0.005)
+            await asyncio.sleep(0.1)
+            assert pipeline.delay_s == 0.0  # what waits for it slows no transaction down
         assert time.monotonic() - begun < 1.8
         await asyncio.sleep(2.1)
         assert not lane.has_output
