@@ -49,6 +49,7 @@ BoolArray = NDArray[np.bool_]
 TARGET, DELTA, SHIPPED = 0.9, 0.05, 0.74
 BATCH = 25  # labels between tests
 REVIEWERS = 4
+BUSY = (None, (0.4, 0.2, 0.2, 0.2), (0.2, 0.2, 0.3, 0.3))  # share of the labels, by hostile ones
 WORTH = 0.04  # precision above the target that makes a threshold worth waiting for
 CLAIM = Claim("t", "violence", "m")
 midpoints = np.linspace(0.0005, 0.9995, 1000)  # of cells of scores
@@ -95,7 +96,7 @@ class Scenario(NamedTuple):
     later: FloatArray | None = None  # the truth after `changes` labels
     changes: int = 10**9
     errors: float = 0.0  # share of labels that are wrong
-    hostile: bool = False  # one reviewer calls everything harmful, and gives 40 % of the labels
+    hostile: int = 0  # so many reviewers call everything harmful, and give 40 % of the labels
     follows: bool = False  # shares follow the threshold in force
     policy: tuple[tuple[str, float], ...] = ()
 
@@ -155,11 +156,15 @@ SCENARIOS = (
     Scenario("dip", "precision is below target at 0.85, above it at 0.97 and at 0.5", _DIP),
     Scenario(
         "hostile reviewer", "precision 0.88; who gives 40 % of labels calls all harmful",
-        _flat(0.88), hostile=True,
+        _flat(0.88), hostile=1,
     ),
     Scenario(
         "hostile, unprotected", "the same with max_reviewer_share = 1",
-        _flat(0.88), hostile=True, policy=(("max_reviewer_share", 1.0),),
+        _flat(0.88), hostile=1, policy=(("max_reviewer_share", 1.0),),
+    ),
+    Scenario(
+        "hostile, under two names", "the same 40 %, protected, but of two names: A3 does not hold",
+        _flat(0.88), hostile=2,
     ),
 )  # fmt: skip
 
@@ -231,11 +236,10 @@ class Histories:
 
     def _said(self, cells: IntArray) -> tuple[BoolArray, IntArray]:
         rolls = self._rng.random((2, len(cells)))
-        busy = [0.4, 0.2, 0.2, 0.2] if self.scenario.hostile else None
-        reviewers = self._rng.choice(REVIEWERS, size=len(cells), p=busy)
+        reviewers = self._rng.choice(REVIEWERS, size=len(cells), p=BUSY[self.scenario.hostile])
         harmful = rolls[0] < self.scenario.truth_at(self.settled_ms)[cells]
         harmful ^= rolls[1] < self.scenario.errors
-        harmful |= self.scenario.hostile & (reviewers == 0)
+        harmful |= reviewers < self.scenario.hostile
         return harmful, reviewers
 
     # -- what the learner makes of it ---------------------------------------------------------

@@ -374,7 +374,7 @@ def _missing(
     stakes = stake_wealth(tally.counts, tally.weights, goal, at)  # (W, K)
     worst = int(mixed(stakes).argmin())
     had, counted = (int(tally.counts[world, at + 1 :].sum()) for world in (0, worst))
-    needed = _labels_needed(stakes[worst], counted, goal, delta)
+    needed = _labels_needed(stakes[worst], counted, had, goal, delta)
     if needed is None:
         estimate = estimated(tally.counts[0], tally.weights, goal.kind, at) or 0.0
         why = f"{goal.kind} at {GRID[at]:.2f} is {estimate:.3f} so far: more labels like these"
@@ -383,15 +383,20 @@ def _missing(
     return needed, f"about {needed} more labels{others} above {GRID[at]:.2f} are needed there"
 
 
-def _labels_needed(stakes: FloatArray, counted: int, goal: Goal, delta: float) -> int | None:
-    """How many more decisions bring one of the stakes to 1/delta; None: none do. stakes: (K,)."""
+def _labels_needed(
+    stakes: FloatArray, counted: int, had: int, goal: Goal, delta: float
+) -> int | None:
+    """How many more decisions bring one of the stakes to 1/delta; None: none do. stakes: (K,).
+
+    counted: decisions in the world that has won least; had: in everybody's.
+    """
     goes_to = -math.log(delta) - _PRIOR
     if counted < _GUESS_AFTER:  # as if half of what the goal allows to be wrong were
         right = 0.5 * (1.0 + goal.level)
         gains = np.log1p(goal.gain(True, np.ones(1)) * STAKES)  # (2, K)
         growth = (1.0 - right) * gains[0] + right * gains[1]
         return math.ceil(goes_to / float(growth.max()))
-    rates = stakes / counted
+    rates = stakes / had
     growing = rates > 0.0
     if not growing.any():
         return None

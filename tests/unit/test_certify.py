@@ -162,6 +162,21 @@ def test_too_few_labels_leave_the_old_threshold_and_say_how_many_are_missing() -
     assert "more labels" in it.record.reason
 
 
+@pytest.mark.parametrize(("harmless_every", "since"), [(1000, 8), (30, 70)])
+def test_as_many_labels_as_the_record_says_are_enough(harmless_every: int, since: int) -> None:
+    """Within a factor of two, or ten labels: the rate so far is what there is to go by."""
+    it, said = Learner(), {}
+    while it.record.certified is None:
+        it.tell([(it.now_ms + 1) % harmless_every > 0])
+        said[it.record.labels] = it.record.labels_needed
+    enough = it.record.labels
+    missing = {at: told for at, told in said.items() if since <= at < enough}
+    assert len(missing) > 1
+    for at, told in missing.items():
+        assert told is not None
+        assert 0.5 * (enough - at) - 10 < told < 2.0 * (enough - at) + 10
+
+
 def test_labels_below_the_target_certify_nothing() -> None:
     """However many there are."""
     it = Learner()

@@ -1,6 +1,7 @@
 """feedback.py: what labels count, and how often."""
 
 import math
+import tracemalloc
 from collections.abc import Iterable
 
 import msgspec
@@ -295,6 +296,12 @@ def test_memory_of_settled_decisions_is_bounded(monkeypatch: pytest.MonkeyPatch)
     found = tell(it, [label(number) for number in range(100)], now_ms=200)
     assert set(found) == {Accepted(False, "settled already")}
     assert tell(it, [label(100)], now_ms=200) == [Accepted(True)]
+    tracemalloc.start()
+    for number in range(1_000, 21_000):
+        tell(it, [label(number)], now_ms=number)
+        settled(it, number)
+    assert tracemalloc.get_traced_memory()[0] < 200_000  # bytes; all their ids would be 2 million
+    tracemalloc.stop()
 
 
 def test_open_decisions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
