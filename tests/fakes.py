@@ -123,10 +123,16 @@ class SaysHelper:
     """
 
     digest = "5ec0" * 8
+    made = ended = 0  # of all there are in this process
     _harmful = tuple(prompt for classes in PROMPTS.values() for prompt in classes.harmful)
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []  # prompts, by call
+        SaysHelper.made += 1
+
+    def close(self) -> None:
+        """Nothing but the count."""
+        SaysHelper.ended += 1
 
     def __call__(self, prompts: list[str]) -> list[list[float]]:
         """Log-probs that are the same for every character of a prompt."""

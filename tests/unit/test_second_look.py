@@ -521,11 +521,24 @@ def settings(tmp_path: Path) -> Settings:
 
 async def test_a_moderator_looks_twice_too(settings: Settings) -> None:
     """From settings alone; a second moderator asks the same helper: the first has not ended it."""
+    before = SaysHelper.made, SaysHelper.ended
     for _ in range(2):
         async with Moderator(settings) as moderator:
             made = await moderator.moderate(text(0.45, 0.9))
             assert (made.verdict, made.stage) == ("block", "logprob")
             assert "+logprob@" in made.model
+    assert (SaysHelper.made, SaysHelper.ended) == (before[0] + 1, before[1])
+
+
+async def test_a_worker_ends_the_helper_that_it_made(settings: Settings) -> None:
+    """Its threads and connections; one that was handed in is its owner's."""
+    before = SaysHelper.ended
+    async with Pipeline(settings):
+        assert SaysHelper.ended == before
+    assert SaysHelper.ended == before + 1
+    async with Pipeline(settings, second=second_of(SaysHelper())):
+        pass
+    assert SaysHelper.ended == before + 1
 
 
 def test_a_file_waits_for_every_second_look(settings: Settings) -> None:

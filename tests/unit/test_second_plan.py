@@ -178,7 +178,7 @@ def test_a_server_is_asked_with_a_plan_of_ones_own(tmp_path: Path) -> None:
     with serving(good) as server:
         assert "logprob_plan" in refused(SecondSpec(server.url, model="small"), tmp_path)
         assert "logprob_model" in refused(SecondSpec(server.url, path), tmp_path)
-        spec = SecondSpec(server.url, path, "small", key="secret")
+        spec = SecondSpec(server.url, path, "small", key="secret", deadline_ms=30_000)
         second = load_second(spec, tmp_path, DETECTORS, None)
         try:
             assert 0.0 < second.score(Passage("a bomb", "", ()), 0) < 1.0
