@@ -9,9 +9,9 @@ from detectors import second as seconds
 from detectors.causal import LocalHelper
 from detectors.harms import COLUMNS
 from detectors.logprob import Affine, LogProb
-from detectors.prompts import PROMPTS, SHORT_LIMITS
+from detectors.prompts import PROMPTS, Limits
 from detectors.protocol import Passage, Turn
-from detectors.second import Band, Line
+from detectors.second import Band, Line, Room
 from tests.fakes import SaysDetector, decide_records, delta_records, second_plan
 from worker.events import Decision
 from worker.pipeline import Pipeline
@@ -28,7 +28,7 @@ def settings(tmp_path: Path) -> Settings:
     """Whatever scores 0.45 for violence is asked about, in two columns."""
     shutil.copytree(FOLDER, tmp_path / "logprob")
     bands = {"violence": Band(0.1, 0.1), "harmful": Band(0.6, 0.0)}
-    plan = second_plan(calibration=LINES, band=bands, aggregation="byte")
+    plan = second_plan(calibration=LINES, band=bands, aggregation="byte", limits=Room(20, 10))
     seconds.write(tmp_path / "logprob" / seconds.FILE, plan)
     policy = TenantPolicy(
         thresholds={"violence": 0.5, "other": 1.0}, actions={"violence": "flag"}
@@ -52,7 +52,7 @@ async def test_scores_are_those_of_the_classifier(settings: Settings) -> None:
     for name, found in (("violence", made[1].scores["violence"]), ("harmful", made[1].harmful)):
         line = Affine(LINES[name].slope, LINES[name].intercept)
         judge = LogProb(
-            helper, PROMPTS[name], aggregation="byte", calibration=line, limits=SHORT_LIMITS
+            helper, PROMPTS[name], aggregation="byte", calibration=line, limits=Limits(20, 10)
         )
         assert found == pytest.approx(judge.classify([passage])[0], abs=1e-4)
     assert made[1].scores["hate_speech"] == 0.0
