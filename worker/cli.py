@@ -246,14 +246,14 @@ def _say(settings: Settings, tenant: str, harm: str, word: Any) -> None:
 def _show(records: Sequence[Any], tenant: str | None, as_json: bool, title: str) -> None:
     import msgspec
 
-    from worker.operate import table
+    from worker.operate import reasons, table
 
     chosen = [record for record in records if tenant in {None, record.tenant}]
     if as_json:
         for record in chosen:
             sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
         return
-    Console().print(table(chosen, title))
+    Console().print(table(chosen, title), reasons(chosen))
 
 
 @app.command()

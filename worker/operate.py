@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import structlog
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from detectors.harms import DEFAULT_THRESHOLDS, THRESHOLD_KEYS
@@ -213,19 +214,32 @@ def _records(settings: Settings, said: ThresholdRecord) -> Iterable[tuple[str, i
 
 
 def table(records: Sequence[ThresholdRecord], title: str) -> Table:
-    """One row a record."""
-    made = Table(title=title, title_justify="left")
-    for name in ("tenant", "harm", "in force", "proposed", "version", "method"):
-        made.add_column(name, no_wrap=True)
-    for name in ("labels", "needed", "at (UTC)"):
+    """One row a record; 80 characters hold it."""
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("threshold", overflow="fold")
+    for name in ("in force", "proposed"):
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("why")
+    for name in ("version", "method"):
+        made.add_column(name, no_wrap=True)
+    for name in ("labels", "needed"):
+        made.add_column(name, justify="right", no_wrap=True)
     for it in records:
         proposed = f"{it.threshold:.2f}" if it.status == "proposed" else ""
         needed = "" if it.labels_needed is None else str(it.labels_needed)
-        at = datetime.fromtimestamp(it.ts_ms / 1e3, UTC).strftime("%Y-%m-%d %H:%M:%S")
         made.add_row(
-            it.tenant, it.harm, f"{in_force(it):.2f}", proposed, str(it.version), it.method,
-            str(it.labels), needed, at, it.reason,
+            f"{it.tenant}/{it.harm}", f"{in_force(it):.2f}", proposed, str(it.version), it.method,
+            str(it.labels), needed,
         )  # fmt: skip
+    return made
+
+
+def reasons(records: Sequence[ThresholdRecord]) -> Table:
+    """When and why, a row a record."""
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("at (UTC)", no_wrap=True)
+    for name in ("threshold", "why"):
+        made.add_column(name, overflow="fold")
+    for it in records:
+        at = datetime.fromtimestamp(it.ts_ms / 1e3, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        made.add_row(at, f"{it.tenant}/{it.harm}", it.reason)
     return made

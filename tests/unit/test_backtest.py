@@ -172,6 +172,14 @@ def test_the_command_prints_a_table_or_lines(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, [*arguments, *chosen], env=environment)
     assert shown.exit_code == 0, shown.output
     assert "2 decisions again" in shown.output
+    assert "…" not in shown.output  # 80 characters wide
+    blocked, now, then = (
+        line.split()
+        for line in shown.output.splitlines()
+        if "violence" in line or (" then " in line and "blocked" not in line)
+    )
+    assert blocked == ["violence", "1", "2", "1", "0"]
+    assert (now[:3], then[:2]) == (["violence", "now", "0"], ["then", "0"])
     lines = CliRunner().invoke(app, [*arguments, *chosen, "--json"], env=environment)
     row = json.loads(lines.stdout.splitlines()[0])
     assert (row["harm"], row["blocks"], row["then"], row["gained"]) == ("violence", 1, 2, 1)

@@ -1,13 +1,15 @@
 """operate.py: an operator's word on a threshold."""
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from worker.certify import in_force
 from worker.errors import Stop
 from worker.events import ThresholdRecord
-from worker.operate import approve, fix, hand_back, reject, table
+from worker.operate import approve, fix, hand_back, reasons, reject, table
 from worker.settings import Settings, TenantPolicy
 from worker.thresholds import Thresholds
 
@@ -82,4 +84,19 @@ def test_the_table_names_what_is_proposed() -> None:
     """In force is what was before it."""
     made = table([record()], "Thresholds")
     cells = [next(iter(column.cells)) for column in made.columns]
-    assert cells[:6] == ["a", "violence", "0.70", "0.60", "3", "certified"]
+    assert cells[:5] == ["a/violence", "0.70", "0.60", "3", "certified"]
+
+
+def test_nothing_is_cut_off_on_a_narrow_terminal() -> None:
+    """Nor where output goes to a file, which counts as one."""
+    long = record(
+        tenant="kids-of-europe", harm="privacy_violation", labels=412_345, labels_needed=12_345,
+        version=1_234, reason="about 12345 more labels of other reviewers above 0.95 are needed",
+    )  # fmt: skip
+    narrow = Console(width=80, file=io.StringIO(), record=True)
+    narrow.print(table([long], "Thresholds"), reasons([long]))
+    shown = narrow.export_text()
+    assert "…" not in shown
+    for word in ("privacy_violation", "certified", "412345", "12345", "1234", "0.95"):
+        assert word in shown
+    assert max(map(len, shown.splitlines())) <= 80
