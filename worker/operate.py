@@ -227,7 +227,7 @@ def table(records: Sequence[ThresholdRecord], title: str) -> Table:
         proposed = f"{it.threshold:.2f}" if it.status == "proposed" else ""
         needed = "" if it.labels_needed is None else str(it.labels_needed)
         made.add_row(
-            f"{it.tenant}/{it.harm}", f"{in_force(it):.2f}", proposed, str(it.version), it.method,
+            f"{it.tenant} {it.harm}", f"{in_force(it):.2f}", proposed, str(it.version), it.method,
             str(it.labels), needed,
         )  # fmt: skip
     return made
@@ -241,5 +241,5 @@ def reasons(records: Sequence[ThresholdRecord]) -> Table:
         made.add_column(name, overflow="fold")
     for it in records:
         at = datetime.fromtimestamp(it.ts_ms / 1e3, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        made.add_row(at, f"{it.tenant}/{it.harm}", it.reason)
+        made.add_row(at, f"{it.tenant} {it.harm}", it.reason)
     return made

@@ -84,7 +84,7 @@ def test_the_table_names_what_is_proposed() -> None:
     """In force is what was before it."""
     made = table([record()], "Thresholds")
     cells = [next(iter(column.cells)) for column in made.columns]
-    assert cells[:5] == ["a/violence", "0.70", "0.60", "3", "certified"]
+    assert cells[:5] == ["a violence", "0.70", "0.60", "3", "certified"]
 
 
 def test_nothing_is_cut_off_on_a_narrow_terminal() -> None:
