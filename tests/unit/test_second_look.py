@@ -3,11 +3,12 @@
 import asyncio
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 from detectors import second as seconds
 from detectors.logprob import Helper, HelperError
-from detectors.protocol import Passage
+from detectors.protocol import Encoded, FloatArray, Passage
 from detectors.second import Band, Line, Plan, Second
 from tests.fakes import SaysDetector, SaysHelper, second_plan
 from tests.lanes import delta
@@ -215,7 +216,13 @@ async def test_a_slow_helper_is_not_waited_for_and_others_wait_not_at_all() -> N
 
 async def test_the_hold_deadline_bounds_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoders that were slow leave it what is left of hold_timeout_ms."""
-    monkeypatch.setenv("TIDEGATE_TEST_SCORE_MS", "600")
+    score = SaysDetector.score
+
+    def slowly(self: SaysDetector, batch: Sequence[Encoded]) -> FloatArray:
+        time.sleep(0.6)
+        return score(self, batch)
+
+    monkeypatch.setattr(SaysDetector, "score", slowly)
     release = threading.Event()
     helper = Scripted(lambda: release.wait(10))
     try:
@@ -457,6 +464,51 @@ async def test_what_nobody_waits_for_is_not_counted() -> None:
         assert len(helper.asked) == 2
         assert late() == 0
     assert made[0].verdict == "block"
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_the_helper_does_each_segment_is_decided_once(seed: int) -> None:
+    """Answers, failures, delays around the deadline, in any order: nothing is left or doubled."""
+    chance = random.Random(seed)
+
+    def moody() -> None:
+        time.sleep(chance.choice([0.0, 0.0, 0.02, 0.09, 0.11, 0.2]))
+        failing = chance.random()
+        if failing < 0.25:
+            (down if failing < 0.12 else wrong)()
+
+    chosen = Settings(
+        logprob_deadline_ms=100, logprob_queue=4, logprob_threads=3, min_segment_chars=40,
+        tenants={"default": TenantPolicy(
+            thresholds={"other": 1.0, "violence": 0.5}, actions={"violence": "flag"}
+        )},
+    )  # fmt: skip
+    made: list[Decision] = []
+    fed = 0
+    second = second_of(Scripted(moody))
+    async with Pipeline(chosen, [SaysDetector()], second=second) as pipeline:
+        lane = pipeline.lane("in", 0)
+        for number in range(60):
+            whole = " ".join(text(chance.choice([0.1, 0.45, 0.55, 0.9]), 0.2) for _ in range(3))
+            value = delta(f"s{number}", 0, whole + str(number), True)
+            segments = lane.feed(number, 0, None, value, pipeline.clock(), 0)
+            fed += len(segments)
+            pipeline.submit(lane, segments)
+            await asyncio.sleep(chance.choice([0.0, 0.02]))
+        while lane.open_streams:
+            await asyncio.sleep(0.01)
+        assert pipeline._second is not None
+        assert (pipeline.waiting, pipeline._second._open) == (0, set())
+        output = lane.take(pipeline.clock(), drain=True)
+        assert output is not None
+        made = output.decisions
+        await asyncio.sleep(0.3)
+        assert not lane.has_output
+    assert len({it.decision_id for it in made}) == len(made) == fed
+    for it in made:
+        asked = it.stage in {"logprob", "cache"} and it.scores["violence"] == pytest.approx(0.2)
+        fell_back = it.reason.endswith("; logprob unavailable")
+        assert (asked or fell_back) is (it.scores["violence"] not in {0.1, 0.9})
 
 
 async def test_where_nobody_reads_along_each_waits_for_its_turn() -> None:
