@@ -23,7 +23,7 @@ from worker.decide import Judgement, rule
 from worker.decode import decode_label
 from worker.errors import Stop, Unreadable
 from worker.events import Label, ThresholdRecord
-from worker.feedback import outcome
+from worker.feedback import SAME, outcome
 from worker.follow import Follower
 from worker.operate import read_latest
 from worker.sampling import NOT_SCORED
@@ -118,24 +118,33 @@ class Labelled(NamedTuple):
     says: Mapping[str, Says]  # by harm
 
 
-def settle_labels(labels: Iterable[Label]) -> dict[str, dict[str, Says]]:
-    """What reviewers settled on, by decision and harm. Complaints are no sample: left out.
-
-    A reviewer's last word counts; most of them decide, and a tie is harmless.
-    """
-    votes: dict[tuple[str, str], dict[str, bool]] = {}
-    weights: dict[tuple[str, str], float] = {}
+def by_decision(labels: Iterable[Label], settings: Settings) -> dict[str, list[Label]]:
+    """The labels that are a sample: no complaints, none of who is no reviewer of the tenant's."""
+    found: dict[str, list[Label]] = {}
     for label in labels:
-        if label.picked_with is None or not 0.0 < label.picked_with <= 1.0:
+        reviewers = settings.tenant(label.tenant).learn.reviewers
+        is_known = not reviewers or label.reviewer in reviewers
+        if is_known and label.picked_with is not None and 0.0 < label.picked_with <= 1.0:
+            found.setdefault(label.decision_id, []).append(label)
+    return found
+
+
+def settle_labels(labels: Iterable[Label], made: Made) -> dict[str, Says]:
+    """What reviewers settled on about a decision, by harm.
+
+    A reviewer's last word counts; most of them decide, and a tie is harmless. Labels with another
+    tenant or score than the decision's are forged. `picked_with` is believed: whether it is the
+    review item's, the learner looks at.
+    """
+    votes: dict[str, dict[str, bool]] = {}
+    weights: dict[str, float] = {}
+    for label in labels:
+        score = made.score_of(label.harm)
+        if score is None or abs(score - label.score) > SAME or label.tenant != made.tenant:
             continue
-        key = (label.decision_id, label.harm)
-        votes.setdefault(key, {})[label.reviewer] = label.harmful
-        weights[key] = 1.0 / label.picked_with
-    settled: dict[str, dict[str, Says]] = {}
-    for (decision_id, harm), says in votes.items():
-        says_so = Says(bool(outcome(says)), weights[decision_id, harm])
-        settled.setdefault(decision_id, {})[harm] = says_so
-    return settled
+        votes.setdefault(label.harm, {})[label.reviewer] = label.harmful
+        weights[label.harm] = 1.0 / (label.picked_with or 1.0)
+    return {harm: Says(bool(outcome(says)), weights[harm]) for harm, says in votes.items()}
 
 
 class Backtest:
@@ -143,7 +152,7 @@ class Backtest:
 
     def __init__(
         self, settings: Settings, in_force: Callable[[str], InForce],
-        other: Mapping[str, float], labels: Mapping[str, Mapping[str, Says]],
+        other: Mapping[str, float], labels: Mapping[str, Sequence[Label]],
         tenant: str | None = None, model: str | None = None,
     ) -> None:  # fmt: skip
         """in_force: of a tenant, with `other` in the place of some. tenant, model: these alone."""
@@ -176,10 +185,10 @@ class Backtest:
         if then != made.harm:
             self._gained[then or ""] += 1
             self._lost[made.harm or ""] += 1
-        says = self._labels.get(made.decision_id)
-        if says is not None and made.decision_id not in self._seen:
+        labels = self._labels.get(made.decision_id)
+        if labels is not None and made.decision_id not in self._seen:
             self._seen.add(made.decision_id)
-            self.labelled.append(Labelled(made, then, says))
+            self.labelled.append(Labelled(made, then, settle_labels(labels, made)))
 
     def _again(self, made: Made) -> str | None:
         """The harm that it would have been blocked, revised or flagged for."""
@@ -294,7 +303,7 @@ async def run(
     other = parse_thresholds(wanted)
     if not wanted:
         tenant, other = _proposed(latest.values(), tenant)
-    labels = settle_labels(decode_labels(await _label_values(settings, sources)))
+    labels = by_decision(decode_labels(await _label_values(settings, sources)), settings)
     backtest = Backtest(settings, thresholds.of, other, labels, tenant, model or own_model)
     if sources.decisions is not None:
         for line in read_lines(sources.decisions):

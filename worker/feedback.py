@@ -32,7 +32,7 @@ RECENT = 200  # decisions that an alarm looks back on
 
 _NOT_SCORED = {"keyword", "short", "policy"}  # no threshold could change them
 _SMALLEST = 2.0**-6  # weight; smaller ones are rounded to it or to 0
-_SAME = 1e-6  # scores and probabilities that went through somebody's JSON
+SAME = 1e-6  # scores and probabilities that went through somebody's JSON
 _NOWHERE = -(2**62)
 
 
@@ -241,10 +241,10 @@ def _forged(label: Label, judged: Judged) -> Rejected | None:
         wrong = "stream_id"
     elif label.tenant != judged.tenant:
         wrong = "tenant"
-    elif score is None or abs(score - label.score) > _SAME:
+    elif score is None or abs(score - label.score) > SAME:
         wrong = "score"
     elif label.picked_with is not None and (
-        picked is None or abs(picked - label.picked_with) > _SAME * picked
+        picked is None or abs(picked - label.picked_with) > SAME * picked
     ):
         wrong = "picked_with"
     else:

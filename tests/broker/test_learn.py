@@ -150,8 +150,9 @@ async def test_feedback_moves_a_live_workers_threshold(
 
 
 async def test_a_proposal_waits_for_an_operator(kafka: str, unique: str, tmp_path: Path) -> None:
-    """With `approval` nothing moves by itself; approved, it does, while a learner leads; a fixed
-    threshold stays; history tells it all, in order."""
+    """With `approval` nothing moves by itself; a backtest says what the proposal would change;
+    approved, it does, while a learner leads; one that is fixed can be handed back; history tells
+    it all, in order."""
     rng = random.Random(2)
     async with bed(kafka, unique, tmp_path, tenants=tenants(approval=True)) as it:
         names = it.settings
@@ -174,6 +175,16 @@ async def test_a_proposal_waits_for_an_operator(kafka: str, unique: str, tmp_pat
             assert "0.70" in it.command("thresholds", "list")
             refused = it.command("thresholds", "approve", "default", "privacy_violation", code=1)
             assert "nothing is proposed" in refused
+            (row,) = map(json.loads, it.command("backtest", "--json").splitlines())
+            scores = [label["score"] for label in labels]
+            blocked, then = (
+                sum(score > at for score in scores) for at in (0.7, proposed.threshold)
+            )
+            assert (row["harm"], row["blocks"], row["then"]) == ("violence", blocked, then)
+            assert (row["gained"], row["lost"]) == (then - blocked, 0)
+            assert row["precision_then"]["value"] == row["recall_then"]["value"] == 1.0
+            assert row["precision_then"]["labels"] == then
+            assert row["recall"]["low"] < row["recall"]["value"] < 1.0
             it.command("thresholds", "approve", "default", "violence")
             it.command("thresholds", "set", "default", "hate_speech", "0.42")
             refused = it.command("thresholds", "set", "default", "violence", "learn", code=1)

@@ -14,6 +14,7 @@ from worker.backtest import (
     Estimate,
     Made,
     Sources,
+    by_decision,
     parse_thresholds,
     plot,
     run,
@@ -23,7 +24,7 @@ from worker.backtest import (
 from worker.cli import app
 from worker.errors import Stop
 from worker.events import Label
-from worker.settings import Settings, TenantPolicy
+from worker.settings import LearnPolicy, Settings, TenantPolicy
 from worker.thresholds import Thresholds
 
 MODEL = "fake@000000"
@@ -53,7 +54,7 @@ def again(
 ) -> Backtest:
     settings = Settings()
     in_force = Thresholds({}, settings, MODEL).of
-    backtest = Backtest(settings, in_force, other, settle_labels(labels), **more)
+    backtest = Backtest(settings, in_force, other, by_decision(labels, settings), **more)
     for it in decisions:
         backtest.add(it)
     return backtest
@@ -91,9 +92,20 @@ def test_reviewers_are_settled_and_complaints_left_out() -> None:
         ([("a", True)], True), ([("a", True), ("a", False)], False),
         ([("a", True), ("b", False)], False), ([("a", True), ("b", False), ("c", True)], True),
     ):  # fmt: skip
-        settled = settle_labels(label(it, harmful, who) for who, harmful in says)
-        assert settled[it.decision_id]["violence"].harmful is expected
-    assert not settle_labels([label(it, True, picked_with=None)])
+        settled = settle_labels([label(it, harmful, who) for who, harmful in says], it)
+        assert settled["violence"].harmful is expected
+    assert not by_decision([label(it, True, picked_with=None)], Settings())
+
+
+def test_forged_labels_and_strangers_are_left_out() -> None:
+    """As the learner refuses them: another score or tenant, a reviewer who is none."""
+    it = made(1, 0.9)
+    for fields in ({"score": 0.8}, {"tenant": "b"}, {"harm": "spam"}):
+        assert not settle_labels([label(it, True, **fields)], it)
+    assert settle_labels([label(it, True)], it)
+    staff = Settings(tenants={"a": TenantPolicy(learn=LearnPolicy(reviewers=("ann", "bob")))})
+    labels = [label(it, True, who) for who in ("ann", "made up")]
+    assert by_decision(labels, staff) == {it.decision_id: labels[:1]}
 
 
 def test_weights_undo_the_sampling_and_intervals_cover() -> None:
