@@ -244,14 +244,14 @@ async def test_a_full_queue_refuses() -> None:
         with counted("refused") as count:
             made = await decide(
                 second_of(helper), *(text(0.45, 0.9, str(n)) for n in range(3)),
-                logprob_queue=1, logprob_deadline_ms=1_000, after=0.05,
+                logprob_queue=1, logprob_deadline_ms=2_000, after=0.4,
             )  # fmt: skip
             assert count() == 1
     finally:
         release.set()
     assert {it.verdict for it in made} == {"allow"}
     assert all(it.reason.endswith("; logprob unavailable") for it in made)
-    assert made[2].timing_ms.total < 800
+    assert made[2].timing_ms.total < 1_500
 
 
 @pytest.mark.parametrize("after", [0.0, 0.02])
@@ -301,11 +301,11 @@ async def test_behind_a_helper_that_hangs_nobody_queues() -> None:
     try:
         made = await decide(
             second_of(helper), text(0.45, 0.9), text(0.45, 0.9, "later"),
-            logprob_deadline_ms=600, after=0.8,
+            logprob_deadline_ms=1_000, after=2.0,
         )  # fmt: skip
     finally:
         release.set()
-    assert made[1].timing_ms.total < 500
+    assert made[1].timing_ms.total < 900
     assert made[1].reason.endswith("; logprob unavailable")
 
 
