@@ -49,8 +49,10 @@ def _shares(axes: Any, figures: dict[str, Any]) -> None:
         span, share = [100 * it["low"], 100 * it["high"]], 100 * it["share"]
         axes.plot(span, [row, row], color=colour, lw=5, alpha=0.3, solid_capstyle="round")
         axes.plot(share, row, "o", color=colour, ms=5)
+        crosses = span[1] < 100 * figures["delta"] < 1.4 * span[1]  # the text would
+        where = (100 * figures["delta"] if crosses else span[1], row)
         beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(f"{share:.1f} %", (span[1], row), color=colour, fontsize=8, **beside)
+        axes.annotate(f"{share:.1f} %", where, color=colour, fontsize=8, **beside)
     axes.axvline(100 * figures["delta"], color=INK, lw=1, ls=DASHES)
     axes.text(100 * figures["delta"] * 1.03, len(names) + 0.62, "delta", va="center")
     axes.set_xscale("symlog", linthresh=10, linscale=1.6)

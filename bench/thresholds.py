@@ -48,8 +48,8 @@ BoolArray = NDArray[np.bool_]
 
 TARGET, DELTA, SHIPPED = 0.9, 0.05, 0.74
 BATCH = 25  # labels between tests
-REVIEWERS = 4
-BUSY = (None, (0.4, 0.2, 0.2, 0.2), (0.2, 0.2, 0.3, 0.3))  # share of the labels, by hostile ones
+REVIEWERS = 4  # one of them hostile in some scenarios
+HOSTILE_SHARE = 0.4  # of the labels
 WORTH = 0.04  # precision above the target that makes a threshold worth waiting for
 CLAIM = Claim("t", "violence", "m")
 midpoints = np.linspace(0.0005, 0.9995, 1000)  # of cells of scores
@@ -96,7 +96,7 @@ class Scenario(NamedTuple):
     later: FloatArray | None = None  # the truth after `changes` labels
     changes: int = 10**9
     errors: float = 0.0  # share of labels that are wrong
-    hostile: int = 0  # so many reviewers call everything harmful, and give 40 % of the labels
+    hostile: int = 0  # so many names call everything harmful, and give 40 % of the labels
     follows: bool = False  # shares follow the threshold in force
     policy: tuple[tuple[str, float], ...] = ()
 
@@ -125,6 +125,15 @@ class Scenario(NamedTuple):
     def least(self) -> float:
         """The lowest probability with which a decision above the lowest candidate is picked."""
         return 0.05 if self.follows else 0.1
+
+    @property
+    def busy(self) -> FloatArray:
+        """(R,) share of the labels by reviewer, the hostile ones first."""
+        if not self.hostile:
+            return np.full(REVIEWERS, 1.0 / REVIEWERS)
+        names = np.full(self.hostile + REVIEWERS - 1, (1.0 - HOSTILE_SHARE) / (REVIEWERS - 1))
+        names[: self.hostile] = HOSTILE_SHARE / self.hostile
+        return names
 
     def drift(self, number: int) -> FloatArray:
         """(101,) mean over the labels then of weight x (outcome - target), up to a constant."""
@@ -163,8 +172,8 @@ SCENARIOS = (
         _flat(0.88), hostile=1, policy=(("max_reviewer_share", 1.0),),
     ),
     Scenario(
-        "hostile, under two names", "the same 40 %, protected, but of two names: A3 does not hold",
-        _flat(0.88), hostile=2,
+        "hostile, under eight names", "the same 40 %, protected, but not of one name: A3 is broken",
+        _flat(0.88), hostile=8,
     ),
 )  # fmt: skip
 
@@ -200,10 +209,10 @@ class Histories:
         self._weights = np.unique(np.concatenate([
             scenario.least / scenario.shares(it) for it in (BOUNDS[0], BOUNDS[1])
         ]).round(12))  # fmt: skip
-        worlds = 1 + REVIEWERS
+        worlds = 1 + len(scenario.busy)
         self.counts = np.zeros((histories, worlds, len(GRID), 2, len(self._weights)), np.int32)
         self.labels = np.zeros(histories, int)  # in this epoch
-        self.took_part = np.zeros((histories, REVIEWERS), int)
+        self.took_part = np.zeros((histories, worlds - 1), int)
         self.recent: list[deque[tuple[int, int, int]]] = [deque(maxlen=RECENT) for _ in self._all]
         self._wealth = np.zeros((histories, worlds, len(STAKES)))
         self._watched = np.zeros(histories, int)
@@ -236,7 +245,9 @@ class Histories:
 
     def _said(self, cells: IntArray) -> tuple[BoolArray, IntArray]:
         rolls = self._rng.random((2, len(cells)))
-        reviewers = self._rng.choice(REVIEWERS, size=len(cells), p=BUSY[self.scenario.hostile])
+        shares = self.scenario.busy
+        equal = None if self.scenario.hostile == 0 else shares  # None draws otherwise, and faster
+        reviewers = self._rng.choice(len(shares), size=len(cells), p=equal)
         harmful = rolls[0] < self.scenario.truth_at(self.settled_ms)[cells]
         harmful ^= rolls[1] < self.scenario.errors
         harmful |= reviewers < self.scenario.hostile

@@ -294,7 +294,8 @@ def _certified(
     to = _destination(tally, goal, order, done, draft)
     if to is None or to == draft.threshold:
         asked = _complained(tally, policy, draft, current, order[:done])
-        return asked or (draft if _is_news(draft, current) else None)
+        says_more = _is_news(draft, current) or _has_doubled(draft, current)
+        return asked or (draft if says_more else None)
     if to == current.declined or _pends(current, to):
         return None
     says = f"{goal.kind} at {to:.2f} is at least {goal.level:g}; {reason}"
@@ -418,6 +419,11 @@ def _is_news(draft: ThresholdRecord, current: ThresholdRecord) -> bool:
     if before is None or now is None:
         return before is not now
     return not 0.5 * before < now < 2.0 * before
+
+
+def _has_doubled(draft: ThresholdRecord, current: ThresholdRecord) -> bool:
+    """Whether precision and recall can be told far better than the last record does."""
+    return current.status != "proposed" and draft.labels >= max(2 * current.labels, _GUESS_AFTER)
 
 
 # -- alarms ---------------------------------------------------------------------------------------

@@ -234,12 +234,19 @@ def table(records: Sequence[ThresholdRecord], title: str) -> Table:
 
 
 def reasons(records: Sequence[ThresholdRecord]) -> Table:
-    """When and why, a row a record."""
+    """When and why, and what is missed with it (recall, its interval), a row a record."""
     made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.add_column("at (UTC)", no_wrap=True)
-    for name in ("threshold", "why"):
+    for name in ("at (UTC)", "threshold", "why"):
         made.add_column(name, overflow="fold")
+    made.add_column("recall", no_wrap=True)
     for it in records:
         at = datetime.fromtimestamp(it.ts_ms / 1e3, UTC).strftime("%Y-%m-%d %H:%M:%S")
-        made.add_row(at, f"{it.tenant} {it.harm}", it.reason)
+        made.add_row(at, f"{it.tenant} {it.harm}", it.reason, _recall(it))
     return made
+
+
+def _recall(record: ThresholdRecord) -> str:
+    if record.recall is None:
+        return ""
+    low, high = record.recall_low or 0.0, 1.0 if record.recall_high is None else record.recall_high
+    return f"{record.recall:.2f} ({low:.2f}..{high:.2f})"

@@ -614,3 +614,16 @@ def test_records_tell_recall() -> None:
     assert it.record.recall_low is not None
     assert it.record.recall_high is not None
     assert 0.4 < it.record.recall_low < 0.75 < it.record.recall_high < 0.95
+
+
+def test_estimates_are_told_anew_when_labels_have_doubled() -> None:
+    """Even where every candidate is certified, so that nothing else is ever news."""
+    it = Learner(policy(min_picked_below=PICKED))
+    it.tell([True] * 100)
+    assert (it.record.certified, it.record.recall) == (0.5, 1.0)
+    for _ in range(300):
+        it.tell([True], score=0.3)
+        it.tell([True], score=0.99)
+    assert it.record.labels > 350
+    assert it.record.recall == pytest.approx(0.6, abs=0.1)
+    assert len(it.records) < 15

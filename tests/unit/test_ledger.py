@@ -165,7 +165,7 @@ def test_what_has_counted_counts_on_when_its_reviewer_has_left() -> None:
         return taken(successor).thresholds
 
     assert learnt("s") == learnt("r", "s")
-    assert learnt("s")[-1].labels == 14
+    assert learnt("s")[-1].labels == 28
 
 
 def test_too_many_refused_in_a_row_stop_the_learner() -> None:

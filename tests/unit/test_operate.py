@@ -90,6 +90,7 @@ def test_the_table_names_what_is_proposed() -> None:
 def test_nothing_is_cut_off_on_a_narrow_terminal() -> None:
     """Nor where output goes to a file, which counts as one."""
     long = record(
+        recall=0.714, recall_low=0.5, recall_high=0.9,
         tenant="kids-of-europe", harm="privacy_violation", labels=412_345, labels_needed=12_345,
         version=1_234, reason="about 12345 more labels of other reviewers above 0.95 are needed",
     )  # fmt: skip
@@ -97,6 +98,14 @@ def test_nothing_is_cut_off_on_a_narrow_terminal() -> None:
     narrow.print(table([long], "Thresholds"), reasons([long]))
     shown = narrow.export_text()
     assert "…" not in shown
-    for word in ("privacy_violation", "certified", "412345", "12345", "1234", "0.95"):
+    for word in (
+        "privacy_violation",
+        "certified",
+        "412345",
+        "12345",
+        "1234",
+        "0.95",
+        "0.71 (0.50..0.90)",
+    ):
         assert word in shown
     assert max(map(len, shown.splitlines())) <= 80
