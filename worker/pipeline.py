@@ -182,7 +182,7 @@ class Pipeline:
     @property
     def delay_s(self) -> float:
         """How long the oldest segment has waited that the detectors have not judged yet."""
-        while self._outstanding and (self._outstanding[0].done or self._outstanding[0].asked):
+        while self._outstanding and self._outstanding[0].done:
             self._outstanding.popleft()
         return self.clock() - self._outstanding[0].born if self._outstanding else 0.0
 
