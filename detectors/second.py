@@ -27,6 +27,7 @@ from detectors.protocol import Passage
 
 FORMAT: Final = 1
 FILE: Final = "second.json"
+_DECIMALS: Final = 6  # as the encoders' combined scores have
 
 
 class SecondError(ValueError):
@@ -123,7 +124,7 @@ class Second:
 
         Raises HelperError where the helper gives no answer, ValueError where it gives a wrong one.
         """
-        return self._judges[column].classify([passage])[0]
+        return round(self._judges[column].classify([passage])[0], _DECIMALS)
 
     def close(self) -> None:
         """End the helper, where it can be ended: threads and connections of a server's."""
