@@ -112,7 +112,7 @@ class Second:
     def uncertain(self, scores: Sequence[float], thresholds: Sequence[float]) -> tuple[int, ...]:
         """Columns whose score lies inside its band, both ends included; mostly none.
 
-        scores: (7,) as harms.COLUMNS. thresholds: (7,) in force, as harms.THRESHOLD_KEYS.
+        scores: (7,) as harms.COLUMNS. thresholds: (7,) as harms.THRESHOLD_KEYS.
         """
         return tuple(
             column for column, band in self._asked

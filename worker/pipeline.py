@@ -354,8 +354,9 @@ class Pipeline:
         """The encoders have spoken: settle the segment, or ask where they are uncertain."""
         columns: tuple[int, ...] = ()
         if self._second is not None and self._wanted(work):
-            in_force = self.thresholds.of(work.segment.stream.tenant).values
-            columns = self._second.uncertain(scores, in_force)
+            # Not those in force: what is learnt from scores must not change the scores.
+            around = self.thresholds.unlearnt(work.segment.stream.tenant)
+            columns = self._second.uncertain(scores, around)
         if self._second is None or not columns:
             self._settle(work, scores, stage)
             return

@@ -64,6 +64,11 @@ class Thresholds:
         self._learnt.pop((tenant, harm), None)
         self._in_force.clear()
 
+    def unlearnt(self, tenant: str) -> tuple[float, ...]:
+        """(7,) as shipped and set by the operator, whatever was learnt since."""
+        set_by_operator = self._settings.tenant(tenant).thresholds
+        return tuple(set_by_operator.get(harm, self._shipped[harm]) for harm in THRESHOLD_KEYS)
+
     def _compute(self, tenant: str) -> InForce:
         set_by_operator = self._settings.tenant(tenant).thresholds
         values, versions = [], [0]
