@@ -1,0 +1,149 @@
+"""Training of the log-prob model: needs the train extra, so CI leaves it out."""
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detectors.logprob import Affine
+from detectors.protocol import Passage
+
+pytestmark = pytest.mark.train
+
+
+def small() -> Any:
+    """A Llama of two layers, at random."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        )
+    ).eval()  # fmt: skip
+
+
+def byte_pairs() -> Any:
+    """A tokenizer of bytes and five merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("an", "d")]
+    words = ["<|endoftext|>", *alphabet, *("".join(pair) for pair in merges)]
+    found = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    return found
+
+
+@pytest.mark.parametrize("text", ["the the and then", "Ünï 中文 😀\n\t x", "and" * 40, ""])
+def test_a_cut_vocabulary_loses_no_text(text: str) -> None:
+    """Fewer merges, more tokens, the same bytes; no id is outside."""
+    from training.causal_base import first
+
+    whole = byte_pairs()
+    for vocabulary in range(257, whole.get_vocab_size() + 1):
+        cut = first(whole, vocabulary)
+        ids = cut.encode(text, add_special_tokens=False).ids
+        assert all(i < vocabulary for i in ids)
+        assert cut.decode(ids) == text
+        assert len(json.loads(cut.to_str())["model"]["merges"]) == vocabulary - 257
+
+
+def test_scores_are_those_of_each_row_alone() -> None:
+    """Batched, padded and with the text's positions alone through the head: the same log-probs."""
+    import torch
+
+    from training.logprob import read_by
+
+    model = small()
+    chance = random.Random(1)
+    rows = [
+        ([chance.randrange(97) for _ in range(n)], [chance.randrange(97) for _ in range(m)])
+        for n, m in ((3, 9), (11, 2), (1, 1), (7, 20))
+    ]
+    with torch.no_grad():
+        found = read_by(model, rows)
+        for row, (before, text) in enumerate(rows):
+            ids = torch.tensor([before + text])
+            said = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+            alone = said.gather(-1, ids[0, 1:, None])[-len(text) :, 0].sum()
+            # bfloat16 on one side
+            assert found.scores[row].item() == pytest.approx(alone.item(), rel=0.02)
+            assert int((found.of == row).sum()) == len(text)
+
+
+def test_learning_tells_two_kinds_of_text_apart() -> None:
+    """Margins of a tiny model follow the label after a few dozen steps."""
+    import torch
+
+    from training.logprob import Example, Scale, Settings, log_odds, loss, read_pairs
+
+    torch.manual_seed(1)
+    chance = random.Random(2)
+    scale = Scale(small())
+
+    def batch() -> list[Example]:
+        made = []
+        for number in range(16):
+            kind = number % 2
+            text = [chance.randrange(10 + 40 * kind, 40 + 40 * kind) for _ in range(8)]
+            made.append(Example([0, 1, 2], [0, 3, 2], text, float(kind), "reply"))
+        return made
+
+    optimiser = torch.optim.AdamW(scale.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        torch.autograd.backward(loss(scale, batch(), Settings()))
+        optimiser.step()
+    asked = batch()
+    with torch.no_grad():
+        odds = log_odds(scale, read_pairs(scale, asked))
+    assert [odd > 0 for odd in odds.tolist()] == [it.label > 0.5 for it in asked]
+
+
+def test_a_band_is_where_the_second_look_is_better() -> None:
+    """Encoders that guess near the threshold, a second look that knows: a band, and its gain. One
+    that guesses too: none."""
+    from training.second import _choose, _Look
+
+    draw = np.random.default_rng(3)
+    looks = {}
+    for name, sharp in (("knows", 6.0), ("guesses", 0.0)):
+        both = []
+        for _ in range(2):
+            targets = (draw.random(400) < 0.5).astype(float)
+            margins = sharp * (targets - 0.5) + draw.normal(size=400)
+            groups = [str(i) for i in range(400)]
+            both.append(_Look(0.5 + 0.09 * draw.random(400), margins, targets, groups, 0.1))
+        looks[name] = _choose(both, 0.5)
+    line, band, row = looks["knows"]
+    assert isinstance(line, Affine)
+    assert band is not None
+    assert band.above >= 0.1
+    assert row[6].low > 0.3
+    assert looks["guesses"][1] is None
+
+
+def test_held_passages_are_replies_with_sure_labels() -> None:
+    from training.rows import Row
+    from training.second import held
+
+    def row(number: int, harm: float, sure: float, kind: str = "reply") -> Row:
+        zero = (0.0,) * 6
+        return Row(
+            str(number), "s", kind, (), f"Text number {number}. " * 30, (*zero, harm),
+            (*zero, sure), f"g{number}", dev=True,
+        )  # fmt: skip
+
+    rows = [row(n, float(n % 2), 1.0) for n in range(20)]
+    rows += [row(100, 1.0, 0.3), row(101, 1.0, 1.0, "prompt")]
+    found = held(rows, 12, random.Random(0))
+    targets, known = found.labels(-1)
+    assert (len(found.samples), targets.sum(), known.all()) == (12, 6, True)
+    assert set(found.groups).isdisjoint({"g100", "g101"})
+    assert all(isinstance(it, Passage) and it.text for it in found.passages)
