@@ -5,10 +5,10 @@ DATA ?=
 LOCK := $(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-annotate \
 	--custom-compile-command "make lock" pyproject.toml
 
-.PHONY: help setup demo test check unit broker bench test-train train evaluate lock clean
+.PHONY: help setup demo test check unit broker bench test-train train train-logprob evaluate lock clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .venv/.done: requirements/dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -57,6 +57,12 @@ train: .venv-train/.done ## detectors from data to models/: make train DATA=fold
 	$(TRAIN) --rows 25000 --no-own --out runs/first
 	$(TRAIN) --rows 9000 --seed 23 --learning-rate 8e-5 --start-from runs/first/model.pt --teacher runs/teacher --out runs/student
 	.venv-train/bin/python -m export --checkpoint runs/student --data $(DATA) --out models
+
+train-logprob: .venv-train/.done ## the language model of the second look, and its band: make train-logprob DATA=folder
+	@test -n "$(DATA)" || { echo "say where the data is: make train-logprob DATA=folder"; exit 2; }
+	.venv-train/bin/python -m training.logprob --data $(DATA) --out runs/logprob
+	.venv-train/bin/python -m export.causal --hf runs/logprob/model --start 0 --out models/logprob
+	.venv-train/bin/python -m training.second --model models/logprob --data $(DATA) --out docs/evaluation
 
 evaluate: .venv-train/.done ## every figure of what is in models/: make evaluate DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make evaluate DATA=folder"; exit 2; }
