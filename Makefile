@@ -61,7 +61,7 @@ train: .venv-train/.done ## detectors from data to models/: make train DATA=fold
 train-logprob: .venv-train/.done ## the language model of the second look, and its band: make train-logprob DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make train-logprob DATA=folder"; exit 2; }
 	.venv-train/bin/python -m training.logprob --data $(DATA) --out runs/logprob
-	.venv-train/bin/python -m export.causal --hf runs/logprob/model --start 0 --out models/logprob
+	.venv-train/bin/python -m export.causal --hf runs/logprob/model --start 0 --only --out models/logprob
 	.venv-train/bin/python -m training.second --model models/logprob --data $(DATA) --out docs/evaluation
 
 evaluate: .venv-train/.done ## every figure of what is in models/: make evaluate DATA=folder

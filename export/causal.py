@@ -54,6 +54,7 @@ class Asked(NamedTuple):
     name: str = "logprob"
     start: int | None = None  # id before every prompt; None: the configuration's start or end
     serves: Precision = "int8"
+    only: bool = False  # leave no graph but the one that serves: what is shipped
 
 
 def export(asked: Asked) -> dict[str, Any]:
@@ -73,8 +74,18 @@ def export(asked: Asked) -> dict[str, Any]:
     except (ParityError, ValueError):
         (asked.out / "manifest.json").unlink()  # what fails must not be left as a model
         raise
+    if asked.only:
+        _leave(asked, found)
     manifest.write(asked.out, found)
     return found
+
+
+def _leave(asked: Asked, found: dict[str, Any]) -> None:
+    """Drop the graphs that do not serve, from the folder and from the manifest."""
+    for kind in [kind for kind in found["graphs"] if kind != asked.serves]:
+        name = found["graphs"].pop(kind)
+        del found["files"][name]
+        (asked.out / name).unlink()
 
 
 def load(folder: Path) -> Any:
@@ -273,9 +284,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="logprob")
     parser.add_argument("--start", type=int, help="id before every prompt; SmolLM2: 0")
     parser.add_argument("--serve", choices=tuple(GRAPHS), default="int8")
+    parser.add_argument("--only", action="store_true", help="keep no graph but that one")
     given = parser.parse_args(argv)
     try:
-        found = export(Asked(given.hf, given.out, given.name, given.start, given.serve))
+        found = export(Asked(given.hf, given.out, given.name, given.start, given.serve, given.only))
     except (ExportError, ParityError) as error:
         sys.exit(f"export: {error}")
     print(json.dumps(found["metrics"], indent=1))

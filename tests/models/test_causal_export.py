@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from detectors.causal import LocalHelper
+from detectors.session import ModelError
 from tests.models.tiny_causal import KINDS, checkpoint
 
 pytestmark = pytest.mark.train
@@ -64,6 +65,22 @@ def changed(folder: Path, **changes: Any) -> Path:
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_only_the_graph_that_serves_is_left(tmp_path: Path) -> None:
+    """It serves as before; another precision is refused, not looked for."""
+    from export import causal
+
+    folder, out = checkpoint("llama", tmp_path / "llama"), tmp_path / "out"
+    whole = causal.export(causal.Asked(folder, tmp_path / "whole"))
+    found = causal.export(causal.Asked(folder, out, only=True))
+    assert {path.name for path in out.iterdir()} == {
+        "manifest.json", "model.int8.onnx", "tokenizer.json"
+    }  # fmt: skip
+    assert {*whole["files"]} - {*found["files"]} == {"model.fp32.onnx"}
+    assert LocalHelper(out)(["A text."]) == LocalHelper(tmp_path / "whole")(["A text."])
+    with pytest.raises(ModelError, match="no fp32 graph"):
+        LocalHelper(out, precision="fp32")
 
 
 def test_what_is_not_exported_says_so(tmp_path: Path) -> None:
