@@ -18,7 +18,7 @@ from worker.pipeline import Pipeline
 from worker.settings import Settings, TenantPolicy
 
 TEXT = "A harmless sentence that is long enough to be judged by a model."
-HOLD_MS = 300
+HOLD_MS = 600
 
 
 class Scripted(Constant):
@@ -121,13 +121,15 @@ async def test_a_queue_alone_blocks_nothing() -> None:
     """Behind a detector that is slow, but works, text is held for as long as it takes."""
 
     def slow(batch: Sequence[Encoded]) -> FloatArray:
-        time.sleep(0.03)
+        time.sleep(0.06)
         return fine(batch)
 
     values = (delta(f"s{n}", 0, f"{TEXT} {n}", True) for n in range(60))
     start = time.monotonic()
-    decisions = await decide(Scripted(slow), *values, infer_threads=1, max_batch_tokens=1)
-    assert time.monotonic() - start > 2 * HOLD_MS / 1e3
+    decisions = await decide(
+        Scripted(slow), *values, infer_threads=1, max_batch_tokens=1, hold_timeout_ms=1_500
+    )
+    assert time.monotonic() - start > 2 * 1.5
     assert {it.verdict for it in decisions} == {"allow"}
 
 
@@ -152,7 +154,7 @@ async def test_a_short_failure_costs_time_only() -> None:
             raise RuntimeError("not yet")
         return fine(batch)
 
-    (decision,) = await decide(Scripted(flaky), delta("s", 0, TEXT, True))
+    (decision,) = await decide(Scripted(flaky), delta("s", 0, TEXT, True), hold_timeout_ms=20_000)
     assert (decision.verdict, decision.stage) == ("allow", "toxicity")
 
 
@@ -169,8 +171,8 @@ async def test_one_poisonous_text_does_not_take_others_down() -> None:
         Scripted(picky),
         *(delta(f"s{n}", 0, f"{TEXT} {n}", True) for n in range(8)),
         delta("poison", 0, poison, True),
-        max_segment_chars=400,
-    )
+        max_segment_chars=400, hold_timeout_ms=3_000,
+    )  # fmt: skip
     verdicts = {it.stream_id: it.verdict for it in decisions}
     assert verdicts.pop("poison") == "block"
     assert set(verdicts.values()) == {"allow"}
@@ -199,7 +201,7 @@ async def test_a_segment_goes_to_a_free_thread_at_once_and_queues_else(
     """One hop where a thread is free; where none is, what waits is encoded to be batched."""
     detector = Threads()
     values = [delta(f"s{n}", 0, f"{n} {TEXT}", True) for n in range(streams)]
-    decisions = await decide(detector, *values, hold_timeout_ms=5_000)
+    decisions = await decide(detector, *values, hold_timeout_ms=30_000)
     assert [decision.verdict for decision in decisions] == ["allow"] * streams
     assert ("tidegate-encode" in detector.encoded) is queue
     assert queue or set(detector.encoded) == {"tidegate-infer"}

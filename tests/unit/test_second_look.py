@@ -202,16 +202,16 @@ async def test_a_slow_helper_is_not_waited_for_and_others_wait_not_at_all() -> N
         with counted("late") as count:
             made = await decide(
                 second_of(helper), text(0.45, 0.9), text(0.1, 0.1), text(0.9, 0.9),
-                logprob_deadline_ms=1_000,
+                logprob_deadline_ms=3_000,
             )  # fmt: skip
             assert count() == 1
     finally:
         release.set()
     assert made[0].verdict == "allow"
     assert made[0].reason.endswith("; logprob unavailable")
-    assert made[0].timing_ms.total >= 1_000
+    assert made[0].timing_ms.total >= 3_000
     assert [it.verdict for it in made[1:]] == ["allow", "block"]
-    assert max(it.timing_ms.total for it in made[1:]) < 900
+    assert max(it.timing_ms.total for it in made[1:]) < 2_700
 
 
 async def test_the_hold_deadline_bounds_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +219,7 @@ async def test_the_hold_deadline_bounds_it_too(monkeypatch: pytest.MonkeyPatch) 
     score = SaysDetector.score
 
     def slowly(self: SaysDetector, batch: Sequence[Encoded]) -> FloatArray:
-        time.sleep(0.6)
+        time.sleep(1.2)
         return score(self, batch)
 
     monkeypatch.setattr(SaysDetector, "score", slowly)
@@ -227,13 +227,13 @@ async def test_the_hold_deadline_bounds_it_too(monkeypatch: pytest.MonkeyPatch) 
     helper = Scripted(lambda: release.wait(10))
     try:
         (made,) = await decide(
-            second_of(helper), text(0.55, 0.1), hold_timeout_ms=1_000, logprob_deadline_ms=950
+            second_of(helper), text(0.55, 0.1), hold_timeout_ms=2_000, logprob_deadline_ms=1_900
         )
     finally:
         release.set()
     assert made.verdict == "block"
     assert made.reason.endswith("; logprob unavailable")
-    assert 900 <= made.timing_ms.total < 1_400
+    assert 1_900 <= made.timing_ms.total < 3_000
 
 
 async def test_a_full_queue_refuses() -> None:
@@ -488,11 +488,11 @@ async def test_whatever_the_helper_does_each_segment_is_decided_once(seed: int) 
 
 async def test_where_nobody_reads_along_each_waits_for_its_turn() -> None:
     """Together they take longer than the deadline, which is each one's own; one alone too long."""
-    helper = Scripted(lambda: time.sleep(0.4))
+    helper = Scripted(lambda: time.sleep(0.8))
     texts = [text(0.45, 0.9, str(n)) for n in range(4)]
     made = await decide(
         second_of(helper), *texts, patient=True, logprob_queue=1,
-        hold_timeout_ms=1_000, logprob_deadline_ms=950,
+        hold_timeout_ms=2_000, logprob_deadline_ms=1_900,
     )  # fmt: skip
     assert {it.stage for it in made} == {"logprob"}
 
@@ -513,7 +513,7 @@ async def test_a_pipeline_ends_while_a_helper_hangs() -> None:
     """It waits for nobody's answer."""
     release = threading.Event()
     helper = Scripted(lambda: release.wait(10))
-    chosen = Settings(logprob_deadline_ms=2_000)
+    chosen = Settings(logprob_deadline_ms=4_000)
     pipeline = Pipeline(chosen, [SaysDetector()], second=second_of(helper))
     try:
         begun = time.monotonic()
@@ -525,8 +525,8 @@ async def test_a_pipeline_ends_while_a_helper_hangs() -> None:
                 await asyncio.sleep(0.005)
             await asyncio.sleep(0.1)
             assert pipeline.delay_s == 0.0  # what waits for it slows no transaction down
-        assert time.monotonic() - begun < 1.8
-        await asyncio.sleep(2.1)
+        assert time.monotonic() - begun < 3.5
+        await asyncio.sleep(4.1)
         assert not lane.has_output
     finally:
         release.set()
