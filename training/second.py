@@ -164,7 +164,7 @@ def by_aggregation(sets: Sequence[Set], found: Sequence[Sums]) -> tuple[Aggregat
     for aggregation in _AGGREGATIONS:
         targets, _ = sets[0].labels(-1)
         line = platt_or_flat(found[0].margins(aggregation), targets)
-        for name, of, sums in zip(_NAMES, sets, found, strict=True):
+        for name, of, sums in zip(_NAMES, sets, found, strict=False):
             figures = measured(of, line.apply(sums.margins(aggregation)))
             rows.append((aggregation, name, *figures))
             losses.setdefault(aggregation, figures[2])
