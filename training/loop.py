@@ -1,6 +1,7 @@
 """Steps of gradient descent that can be cut short and gone on with; the best weights are kept."""
 
 import json
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -54,7 +55,18 @@ class Loop(Generic[Batch]):
             self._resume()
 
     def go(self) -> None:
-        """The steps that are left; state.pt goes when nothing is left to resume."""
+        """The steps that are left; state.pt goes when nothing is left to resume.
+
+        SIGTERM ends the run after the step under way, with SystemExit: start it again to go on.
+        """
+        asked: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+        try:
+            self._go(asked)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _go(self, asked: list[int]) -> None:
         count, pace = len(self._steps), self._pace
         looks = {round(count * look / pace.looks) for look in range(1, pace.looks + 1)}
         with tqdm(total=count, initial=self._step, mininterval=10) as progress:
@@ -66,8 +78,10 @@ class Loop(Generic[Batch]):
                 progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 if self._step in looks:
                     self._keep_if_best()
-                if self._step % pace.save_every == 0:
+                if self._step % pace.save_every == 0 or asked:
                     self._save()
+                if asked:
+                    raise SystemExit(f"stopped after step {self._step}; start again to go on")
                 if self._worse >= pace.patience:
                     break
         self._save()

@@ -1,7 +1,10 @@
 """Training of the log-prob model: needs the train extra, so CI leaves it out."""
 
 import json
+import os
 import random
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -148,3 +151,35 @@ def test_held_passages_are_replies_with_sure_labels() -> None:
     assert (len(found.samples), float(targets.sum()), bool(known.all())) == (12, 6.0, True)
     assert set(found.groups).isdisjoint({"g100", "g101"})
     assert all(isinstance(it, Passage) and it.text for it in found.passages)
+
+
+def test_a_run_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
+    """SIGTERM in the middle, then the rest: every step once, and the weights of a whole run."""
+    import torch
+
+    from training.loop import Loop, Pace
+
+    def run(folder: Path, seen: list[int], cut: int) -> Any:
+        torch.manual_seed(5)
+        model = torch.nn.Linear(3, 1)
+
+        def loss(batch: int) -> Any:
+            seen.append(batch)
+            if len(seen) == cut:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return (model(torch.full((2, 3), batch / 10)) - 1).square().mean()
+
+        groups = [{"params": list(model.parameters()), "lr": 0.01}]
+        Loop(folder, model, groups, loss, lambda: 0.0, range(20), Pace(save_every=100, patience=99)).go()
+        return model.weight
+
+    seen: list[int] = []
+    cut_short, whole = tmp_path / "cut", tmp_path / "whole"
+    cut_short.mkdir()
+    whole.mkdir()
+    with pytest.raises(SystemExit, match="stopped after step 7"):
+        run(cut_short, seen, 7)
+    weight = run(cut_short, seen, 0)
+    assert seen == list(range(20))
+    assert torch.equal(weight, run(whole, [], 0))
+    assert not (cut_short / "state.pt").exists()
