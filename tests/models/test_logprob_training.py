@@ -170,7 +170,9 @@ def test_a_run_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
             return (model(torch.full((2, 3), batch / 10)) - 1).square().mean()
 
         groups = [{"params": list(model.parameters()), "lr": 0.01}]
-        Loop(folder, model, groups, loss, lambda: 0.0, range(20), Pace(save_every=100, patience=99)).go()
+        Loop(
+            folder, model, groups, loss, lambda: 0.0, range(20), Pace(save_every=100, patience=99)
+        ).go()
         return model.weight
 
     seen: list[int] = []
