@@ -73,7 +73,7 @@ async def read(
 
 
 class Run(NamedTuple):
-    """One run: its decisions' ages, ms, and the processor share that other machines took."""
+    """One run: its decisions' ages, ms, and the per cent of the cores that others took."""
 
     ages: list[float]
     stolen: float
@@ -89,7 +89,7 @@ async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -
     await reader.start()
     sent: dict[tuple[str, int], float] = {}
     found: list[float] = []
-    stolen = report.Stolen()
+    report.stolen()  # from here on
     reading = asyncio.create_task(read(reader, sent, found, arguments.warm_up))
     await produce(
         producer, settings, arguments.rate, arguments.seconds + arguments.warm_up,
@@ -99,7 +99,7 @@ async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -
     reading.cancel()
     await producer.stop()
     await reader.stop()
-    return Run(found, stolen.share())
+    return Run(found, report.stolen())
 
 
 def row(name: str, runs: Sequence[Run], share: float) -> tuple[str, str]:
@@ -138,7 +138,7 @@ async def main() -> None:
             row("highest", runs, 1.0),
             (
                 "% of the cores taken by other machines",
-                report.spread([run.stolen * 100 for run in runs]),
+                report.spread([run.stolen for run in runs]),
             ),
         ],
     )
@@ -148,7 +148,7 @@ async def main() -> None:
             "p50_ms": [report.percentile(run.ages, 0.5) for run in runs],
             "p99_ms": [report.percentile(run.ages, 0.99) for run in runs],
             "decisions": [len(run.ages) for run in runs],
-            "stolen": [run.stolen for run in runs],
+            "stolen_percent": [run.stolen for run in runs],
         },
     )
 

@@ -25,18 +25,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-class Stolen:
-    """How much of the processors other machines on the same host took, since this was made."""
-
-    def __init__(self) -> None:
-        self._before = psutil.cpu_times()
-
-    def share(self) -> float:
-        """0..1 of all processor time; 0 where nothing is virtual."""
-        spent = [b - a for a, b in zip(self._before, psutil.cpu_times(), strict=True)]
-        times = dict(zip(self._before._fields, spent, strict=True))
-        parts = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
-        return times.get("steal", 0.0) / max(sum(times.get(part, 0.0) for part in parts), 1e-9)
+def stolen() -> float:
+    """Per cent of the cores that other machines on the host took, since the last call."""
+    return float(getattr(psutil.cpu_times_percent(), "steal", 0.0))
 
 
 def machine() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
 
 from detectors.calibrate import sigmoid
@@ -57,7 +58,7 @@ class Splitter(Protocol):
         ...
 
 
-class Affine(NamedTuple):
+class Affine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What calibration does to a margin; logprob_calibration.py finds it."""
 
     slope: float = 1.0
@@ -93,7 +94,7 @@ class LogProb:
         chunk: texts that are held as prompts at a time, which bounds memory.
         progress: shows a bar on stderr.
         """
-        if not prompts.harmful or not prompts.harmless or not all(sum(prompts, ())):
+        if not prompts.harmful or not prompts.harmless or not all(prompts.ways):
             raise ValueError("each class needs a prompt, and none may be empty")
         if chunk < 1:
             raise ValueError("a chunk holds at least one text")
@@ -132,7 +133,7 @@ class LogProb:
         return found
 
     def _margins_of(self, passages: Sequence[Passage]) -> FloatArray:
-        asked = [self._asked(passage, p) for passage in passages for p in sum(self._prompts, ())]
+        asked = [self._asked(passage, p) for passage in passages for p in self._prompts.ways]
         tails = self._tails(asked)
         scores = [
             aggregated(tail, self._aggregation, len(it.body.encode()))

@@ -16,7 +16,9 @@ tokenizer could take for control tokens (<|im_start|>, </s>, [INST]) get a space
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from detectors.harms import HARMFUL
 from detectors.protocol import Passage, Turn
@@ -31,18 +33,23 @@ _SURROGATES: Final = dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)  # no UTF-8 ho
 _GAP: Final = " … "
 
 
-class ClassPrompts(NamedTuple):
+class ClassPrompts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is said of a text before it; several ways of each class, which are averaged."""
 
     harmful: tuple[str, ...]  # at least one
     harmless: tuple[str, ...]  # at least one
 
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """All of them, the harmful ones first."""
+        return (*self.harmful, *self.harmless)
+
     def heads(self) -> tuple[str, ...]:
         """What all prompts of a class prompt begin with: worth computing once."""
-        return tuple(head(prompt) for prompt in (*self.harmful, *self.harmless))
+        return tuple(head(prompt) for prompt in self.ways)
 
 
-class Limits(NamedTuple):
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How much of what surrounds the judged text goes into a prompt; that text is never cut."""
 
     conversation: int = 1_200  # characters of all turns together

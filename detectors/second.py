@@ -1,6 +1,6 @@
 """When a language model is asked for a second look, and what its answer counts for: second.json.
 
-    {"format": 1, "aggregation": "token", "limits": {"conversation": 240, "before": 160},
+    {"format": 1, "aggregation": "token", "limits": {"conversation": 160, "before": 100},
      "calibration": {"violence": {"slope": 6.1, "intercept": -0.4}},
      "band": {"violence": {"below": 0.2, "above": 0.1}},
      "encoders": ["<hex digest>", "..."]}
@@ -34,20 +34,6 @@ class SecondError(ValueError):
     """The file makes no sense, or is for other detectors."""
 
 
-class Room(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """prompts.Limits, characters."""
-
-    conversation: int = SHORT_LIMITS.conversation
-    before: int = SHORT_LIMITS.before
-
-
-class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """logprob.Affine: what makes a margin (nats) log-odds."""
-
-    slope: float
-    intercept: float
-
-
 class Band(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far from its threshold a score is uncertain, 0..1 each; both 0: never."""
 
@@ -55,23 +41,16 @@ class Band(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     above: float
 
 
-class Classes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """prompts.ClassPrompts."""
-
-    harmful: tuple[str, ...]
-    harmless: tuple[str, ...]
-
-
 class Plan(msgspec.Struct, frozen=True):
     """second.json; fields that are not known, such as figures, are ignored."""
 
     format: int
     encoders: tuple[str, ...]  # digests
-    calibration: dict[str, Line]
+    calibration: dict[str, Affine]
     band: dict[str, Band]
     aggregation: Aggregation = "token"
-    limits: Room = Room()
-    prompts: dict[str, Classes] = {}
+    limits: Limits = SHORT_LIMITS
+    prompts: dict[str, ClassPrompts] = {}
 
     def digest(self, helper: str) -> str:
         """Hex, over everything that can move a second score; helper: the language model's own."""
@@ -84,8 +63,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     def asks(self, name: str) -> ClassPrompts:
         """The class prompts of a column."""
-        own = self.prompts.get(name)
-        return ClassPrompts(own.harmful, own.harmless) if own else PROMPTS[name]
+        return self.prompts.get(name) or PROMPTS[name]
 
     def heads(self) -> tuple[str, ...]:
         """What every prompt that will be asked begins with."""
@@ -100,11 +78,10 @@ class Second:
         self._helper = helper
         self.digest = digest
         self._asked = [_Asked(COLUMNS.index(it), band) for it, band in plan.bands().items()]
-        limits = Limits(plan.limits.conversation, plan.limits.before)
         self._judges = {
             it.column: LogProb(
-                helper, plan.asks(name), aggregation=plan.aggregation, limits=limits,
-                calibration=Affine(plan.calibration[name].slope, plan.calibration[name].intercept),
+                helper, plan.asks(name), aggregation=plan.aggregation, limits=plan.limits,
+                calibration=plan.calibration[name],
             )
             for it, name in zip(self._asked, plan.bands(), strict=True)
         }  # fmt: skip
@@ -204,7 +181,7 @@ def _check_bands(plan: Plan, path: Path) -> None:
 
 def _check_classes(plan: Plan, path: Path) -> None:
     for name, classes in plan.prompts.items():
-        if not (classes.harmful and classes.harmless and all(classes.harmful + classes.harmless)):
+        if not (classes.harmful and classes.harmless and all(classes.ways)):
             raise SecondError(f"{path}: prompts: {name}: each class needs one that is not empty")
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from detectors.harms import COLUMNS
-from detectors.logprob import HelperError
+from detectors.logprob import Affine, HelperError
 from detectors.prompts import PROMPTS
 from detectors.protocol import Detector, Encoded, FloatArray, Passage, Window
-from detectors.second import FORMAT, Band, Line, Plan
+from detectors.second import FORMAT, Band, Plan
 from worker.events import Decision
 from worker.pipeline import Pipeline
 from worker.settings import Settings
@@ -155,7 +155,7 @@ def second_plan(**changes: Any) -> Plan:
     fields: dict[str, Any] = {
         "format": FORMAT,
         "encoders": (SaysDetector.digest,),
-        "calibration": {"violence": Line(1.0, 0.0)},
+        "calibration": {"violence": Affine(1.0, 0.0)},
         "band": {"violence": Band(0.1, 0.1)},
     }
     return Plan(**(fields | changes))

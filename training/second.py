@@ -265,7 +265,7 @@ def banded(
         np.concatenate(together([[d.score(d.encode(it.passages))] for d in detectors], combination))
         for it in sets
     ]
-    calibration: dict[str, second.Line] = {}
+    calibration: dict[str, Affine] = {}
     bands: dict[str, second.Band] = {}
     rows: list[tuple[object, ...]] = []
     for column, name in enumerate(COLUMNS):
@@ -282,11 +282,11 @@ def banded(
         line, band, row = _choose(looks, threshold)
         rows.append((name, threshold, *row))
         if band is not None and line is not None:
-            calibration[name] = second.Line(line.slope, line.intercept)
+            calibration[name] = line
             bands[name] = band
     plan = second.Plan(
         second.FORMAT, second.encoders(detectors, combination), calibration, bands, aggregation,
-        second.Room(SHORT_LIMITS.conversation, SHORT_LIMITS.before),
+        SHORT_LIMITS,
     )  # fmt: skip
     header = (
         "harm", "threshold", "labelled inside", "below", "above", "asked", "gain where chosen",

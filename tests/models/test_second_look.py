@@ -11,7 +11,7 @@ from detectors.harms import COLUMNS
 from detectors.logprob import Affine, LogProb
 from detectors.prompts import PROMPTS, Limits
 from detectors.protocol import Passage, Turn
-from detectors.second import Band, Line, Room
+from detectors.second import Band
 from tests.fakes import SaysDetector, decide_records, delta_records, second_plan
 from worker.events import Decision
 from worker.pipeline import Pipeline
@@ -20,7 +20,7 @@ from worker.settings import Settings, TenantPolicy
 FOLDER = Path(__file__).parent / "causal"
 WORDS = "A fairly long answer, of which violence=0.45 is said, and 日本語 😀 too. "
 TURNS = [{"role": "user", "content": "Where to?\n### Answer\n> the sea"}]
-LINES = {"violence": Line(3.0, 0.5), "harmful": Line(2.0, -0.5)}
+LINES = {"violence": Affine(3.0, 0.5), "harmful": Affine(2.0, -0.5)}
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def settings(tmp_path: Path) -> Settings:
     """Whatever scores 0.45 for violence is asked about, in two columns."""
     shutil.copytree(FOLDER, tmp_path / "logprob")
     bands = {"violence": Band(0.1, 0.1), "harmful": Band(0.6, 0.0)}
-    plan = second_plan(calibration=LINES, band=bands, aggregation="byte", limits=Room(20, 10))
+    plan = second_plan(calibration=LINES, band=bands, aggregation="byte", limits=Limits(20, 10))
     seconds.write(tmp_path / "logprob" / seconds.FILE, plan)
     policy = TenantPolicy(
         thresholds={"violence": 0.5, "other": 1.0}, actions={"violence": "flag"}
@@ -50,10 +50,10 @@ async def test_scores_are_those_of_the_classifier(settings: Settings) -> None:
     helper = LocalHelper(FOLDER)
     passage = Passage(WORDS, WORDS, (Turn("user", TURNS[0]["content"]),))
     for name, found in (("violence", made[1].scores["violence"]), ("harmful", made[1].harmful)):
-        line = Affine(LINES[name].slope, LINES[name].intercept)
         judge = LogProb(
-            helper, PROMPTS[name], aggregation="byte", calibration=line, limits=Limits(20, 10)
-        )
+            helper, PROMPTS[name], aggregation="byte", calibration=LINES[name],
+            limits=Limits(20, 10),
+        )  # fmt: skip
         assert found == pytest.approx(judge.classify([passage])[0], abs=1e-4)
     assert made[1].scores["hate_speech"] == 0.0
     assert set(made[1].scores) == set(COLUMNS[:-1])

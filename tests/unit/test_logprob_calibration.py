@@ -33,7 +33,7 @@ def test_platt_finds_what_made_the_labels() -> None:
     found = platt(margins, labels)
     assert found.slope == pytest.approx(0.4, abs=0.03)
     assert found.intercept == pytest.approx(-0.8, abs=0.06)
-    best = loss(margins, labels, *found)
+    best = loss(margins, labels, found.slope, found.intercept)
     for slope, intercept in ((1e-3, 0), (-1e-3, 0), (0, 1e-3), (0, -1e-3)):
         assert loss(margins, labels, found.slope + slope, found.intercept + intercept) > best
 
@@ -100,7 +100,7 @@ def test_what_cannot_calibrate_is_refused(fit) -> None:  # type: ignore[no-untyp
 def test_contextual_makes_a_text_that_says_nothing_undecided() -> None:
     """One content-free text: its own probability becomes one half."""
     found = contextual([-7.5])
-    assert found == pytest.approx((1.0, 7.5))
+    assert (found.slope, found.intercept) == pytest.approx((1.0, 7.5))
     assert probabilities(found.apply(np.array([-7.5]))) == pytest.approx([0.5])
 
 

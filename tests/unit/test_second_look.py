@@ -16,17 +16,16 @@ from typing import Any
 import pytest
 
 from detectors import second as seconds
-from detectors.logprob import Helper, HelperError
+from detectors.logprob import Affine, Helper, HelperError
 from detectors.protocol import Encoded, FloatArray, Passage
-from detectors.second import Band, Line, Plan, Second
+from detectors.second import Band, Plan, Second
 from tests.fakes import SaysDetector, SaysHelper, second_plan
 from tests.lanes import delta
 from worker import metrics
 from worker.cache import ScoreCache
 from worker.events import Decision
 from worker.moderator import Moderator
-from worker.offline import Line as InputLine
-from worker.offline import Offline
+from worker.offline import Line, Offline
 from worker.pipeline import Pipeline
 from worker.second import Answer, Question, SecondLook
 from worker.settings import HERE, Settings, TenantPolicy
@@ -124,7 +123,7 @@ async def test_the_band_is_around_the_tenants_threshold() -> None:
 
 async def test_only_the_uncertain_harms_scores_are_replaced() -> None:
     """Of two with a band the one inside it; a harm without one keeps its score, wherever it is."""
-    lines = {"violence": Line(1.0, 0.0), "hate_speech": Line(1.0, 0.0)}
+    lines = {"violence": Affine(1.0, 0.0), "hate_speech": Affine(1.0, 0.0)}
     bands = {"violence": Band(0.1, 0.1), "hate_speech": Band(0.1, 0.1), "harmful": Band(0.0, 0.0)}
     helper = SaysHelper()
     (made,) = await decide(
@@ -351,7 +350,7 @@ async def test_two_models_do_not_share_answers() -> None:
     cache = ScoreCache()
     helper = SaysHelper()
     for intercept in (0.0, 1.0):
-        plan = second_plan(calibration={"violence": Line(1.0, intercept)})
+        plan = second_plan(calibration={"violence": Affine(1.0, intercept)})
         look = SecondLook(second_of(helper, plan), Settings(), cache, time.monotonic)
         told: list[Answer] = []
         question = Question(
@@ -384,7 +383,7 @@ async def test_what_would_come_too_late_is_not_begun() -> None:
 
 async def test_what_was_given_up_is_not_gone_on_with() -> None:
     """Of two uncertain harms the second is not asked about once the deadline is over."""
-    lines = {"violence": Line(1.0, 0.0), "harmful": Line(1.0, 0.0)}
+    lines = {"violence": Affine(1.0, 0.0), "harmful": Affine(1.0, 0.0)}
     bands = {"violence": Band(0.1, 0.1), "harmful": Band(0.5, 0.5)}
     helper = Scripted(lambda: time.sleep(0.4))
     plan = second_plan(calibration=lines, band=bands)
@@ -573,11 +572,11 @@ def test_a_file_waits_for_every_second_look(settings: Settings) -> None:
     made: list[Decision] = []
     count = 40
     lines = [
-        InputLine(n + 1, delta(f"s{n}", 0, text(0.45, 0.9 if n % 2 else 0.1, str(n)), True))
+        Line(n + 1, delta(f"s{n}", 0, text(0.45, 0.9 if n % 2 else 0.1, str(n)), True))
         for n in range(count)
     ]
 
-    async def chunks() -> AsyncIterator[list[InputLine]]:
+    async def chunks() -> AsyncIterator[list[Line]]:
         yield lines
 
     run = Offline(settings, made.append, lambda *_: None)

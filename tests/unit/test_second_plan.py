@@ -12,9 +12,10 @@ from detectors import second as seconds
 from detectors.combine import Combination
 from detectors.harms import COLUMNS
 from detectors.load import LoadError, SecondSpec, load_second, second_digest
-from detectors.prompts import ClassPrompts
+from detectors.logprob import Affine
+from detectors.prompts import ClassPrompts, Limits
 from detectors.protocol import Passage, Turn
-from detectors.second import Band, Classes, Line, Plan, Room, SecondError
+from detectors.second import Band, Plan, SecondError
 from tests.fakes import SaysDetector, second_plan
 from tests.unit.test_remote import good, serving
 from worker.cli import _shipped
@@ -42,7 +43,9 @@ def written(path: Path, **changes: Any) -> Path:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     """All of it, from the file or from the folder that holds it."""
     plan = second_plan(
-        aggregation="sum", limits=Room(10, 20), prompts={"harmful": Classes(("a",), ("b", "c"))}
+        aggregation="sum",
+        limits=Limits(10, 20),
+        prompts={"harmful": ClassPrompts(("a",), ("b", "c"))},
     )
     seconds.write(tmp_path / seconds.FILE, plan)
     assert seconds.read(tmp_path, ENCODERS) == plan
@@ -55,7 +58,7 @@ def test_fields_that_are_not_known_change_nothing(tmp_path: Path) -> None:
     with_figures = seconds.read(written(tmp_path / "b.json", figures={"auroc": 0.9}), ENCODERS)
     assert plan.digest("x") == with_figures.digest("x")
     assert (plan.aggregation, plan.limits, plan.band) == (
-        "byte", Room(100, 50), {"violence": Band(0.2, 0.1)},
+        "byte", Limits(100, 50), {"violence": Band(0.2, 0.1)},
     )  # fmt: skip
 
 
@@ -111,10 +114,10 @@ def test_a_combination_is_one_of_the_encoders() -> None:
     "change",
     [
         {"aggregation": "sum"},
-        {"limits": Room(1, 1)},
-        {"calibration": {"violence": Line(1.0, 0.1)}},
+        {"limits": Limits(1, 1)},
+        {"calibration": {"violence": Affine(1.0, 0.1)}},
         {"band": {"violence": Band(0.1, 0.2)}},
-        {"prompts": {"violence": Classes(("a",), ("b",))}},
+        {"prompts": {"violence": ClassPrompts(("a",), ("b",))}},
     ],
 )
 def test_the_digest_changes_with_all_that_can_move_a_score(change: Any) -> None:
@@ -231,6 +234,6 @@ def test_a_worker_that_cannot_have_it_does_not_start(tmp_path: Path) -> None:
 def test_only_harms_with_a_band_are_prompted_for() -> None:
     """A helper computes what prompts begin with when it is loaded."""
     bands = {"violence": Band(0.1, 0.0), "harmful": Band(0.0, 0.0)}
-    lines = {"violence": Line(1.0, 0.0)}
+    lines = {"violence": Affine(1.0, 0.0)}
     plan: Plan = second_plan(band=bands, calibration=lines)
     assert plan.heads() == plan.asks("violence").heads()
