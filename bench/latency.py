@@ -3,7 +3,8 @@
 Broker, worker, producer and reader share this machine. Detectors are replaced by a constant,
 transactions are on. A segment is complete when the code point after its last one is there, or the
 stream has ended: `seq` of its decision names that delta, and the clock starts when it is handed to
-a producer that does not linger, as the gate's.
+a producer that does not linger, as the gate's. The broker has its full compiler and runs under the
+same load for some minutes first, as one in production has: a cold one takes twice as long.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from worker.local import local_services
 from worker.settings import Settings
 from worker.topics import desired_topics, ensure_topics
 
+_SETTLING_S = 4.0  # of each run: its clients and streams are new
 STREAMS = 120  # open at once; at 1,000 deltas/s each gets 8 a second
 
 
@@ -53,7 +55,7 @@ async def produce(
             )  # fmt: skip
             if not queues[stream_id]:
                 del queues[stream_id]
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0.002)
 
 
 async def read(
@@ -79,7 +81,9 @@ class Run(NamedTuple):
     stolen: float
 
 
-async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -> Run:
+async def one_run(
+    settings: Settings, arguments: argparse.Namespace, run: int, seconds: float
+) -> Run:
     producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers)
     reader = AIOKafkaConsumer(
         settings.decisions_topic, bootstrap_servers=settings.bootstrap_servers,
@@ -90,9 +94,9 @@ async def one_run(settings: Settings, arguments: argparse.Namespace, run: int) -
     sent: dict[tuple[str, int], float] = {}
     found: list[float] = []
     report.stolen()  # from here on
-    reading = asyncio.create_task(read(reader, sent, found, arguments.warm_up))
+    reading = asyncio.create_task(read(reader, sent, found, _SETTLING_S))
     await produce(
-        producer, settings, arguments.rate, arguments.seconds + arguments.warm_up,
+        producer, settings, arguments.rate, seconds + _SETTLING_S,
         f"latency-{run}", arguments.partitions, sent,
     )  # fmt: skip
     await asyncio.sleep(1)
@@ -109,12 +113,12 @@ def row(name: str, runs: Sequence[Run], share: float) -> tuple[str, str]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rate", type=int, default=1_000, help="deltas a second")
-    parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--warm-up", type=float, default=10)
+    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("--warm-up", type=float, default=150, help="seconds before the first run")
     parser.add_argument("--partitions", type=int, default=12)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    async with local_services(1) as services:
+    async with local_services(1, long_lived=True) as services:
         settings = Settings(
             bootstrap_servers=services.bootstrap_servers,
             detectors=("python:detectors.constant:Constant",),
@@ -125,7 +129,11 @@ async def main() -> None:
         worker = start_worker(settings, core=None)
         try:
             await asyncio.sleep(4)
-            runs = [await one_run(settings, arguments, run) for run in range(arguments.runs)]
+            await one_run(settings, arguments, 0, arguments.warm_up)
+            runs = [
+                await one_run(settings, arguments, run + 1, arguments.seconds)
+                for run in range(arguments.runs)
+            ]
         finally:
             worker.terminate()
             worker.wait(30)

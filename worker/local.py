@@ -422,9 +422,11 @@ class KafkaCluster(_Service):
         *,
         properties: Mapping[str, str] | None = None,
         progress: Progress | None = None,
+        long_lived: bool = False,
     ) -> None:
         super().__init__(directory)
         self._size = nodes
+        self._long_lived = long_lived
         self._properties = dict(properties or {})
         self._progress = progress or _silent
         self._java_options: tuple[str, ...] = ()
@@ -540,13 +542,13 @@ class KafkaCluster(_Service):
 
         archive = _archive()
         recorded: Sequence[str] = [f"-XX:AOTCache={archive}"] if archive.is_file() else []
+        # One quick compiler: on few cores a broker then starts in half the time, and short tests
+        # and demos move as many records as with C2, which pays after a minute or two.
+        quick = [] if self._long_lived else ["-XX:TieredStopAtLevel=1", *recorded]
         return [
             JAVA,
-            # One thread to collect, one quick compiler: on few cores a broker then starts in half
-            # the time, and short tests and demos move as many records as with G1 and C2.
-            "-XX:+UseSerialGC",
-            "-XX:TieredStopAtLevel=1",
-            *recorded,
+            "-XX:+UseSerialGC",  # one thread to collect, for the same reason
+            *quick,
             "-Xlog:disable",  # it warns of each thing in the recording that it does not use
             "-Xlog:all=error",
             "-Xmx768m" if self._size == 1 else "-Xmx512m",
@@ -788,11 +790,13 @@ async def local_services(
     bootstrap_servers: str | None = None,
     redis_url: str | None = None,
     progress: Progress | None = None,
+    long_lived: bool = False,
 ) -> AsyncIterator[LocalServices]:
     """Kafka and Valkey for as long as the block runs.
 
     A server whose address is given is used as it is; the others are started here, and gone
-    afterwards. Raises LocalServiceError.
+    afterwards. long_lived: Kafka starts slower and is faster after some minutes, as one in
+    production is. Raises LocalServiceError.
     """
     kafka: KafkaCluster | None = None
     valkey: Valkey | None = None
@@ -800,7 +804,7 @@ async def local_services(
         if not redis_url:
             valkey = await stack.enter_async_context(Valkey())
         if not bootstrap_servers:
-            cluster = KafkaCluster(kafka_nodes, progress=progress)
+            cluster = KafkaCluster(kafka_nodes, progress=progress, long_lived=long_lived)
             kafka = await stack.enter_async_context(cluster)
         yield LocalServices(
             bootstrap_servers or (kafka.bootstrap_servers if kafka else ""),

@@ -191,7 +191,7 @@ class Settings(BaseSettings):
 
     # publishing
     delivery: Literal["exactly_once", "at_least_once"] = "exactly_once"
-    transaction_interval_ms: int = Field(20, ge=0)  # back to back they run into each other
+    transaction_interval_ms: int = Field(10, ge=0)  # back to back they run into each other
     commit_interval_ms: int = Field(5_000, ge=100)  # offsets of records that decide nothing
 
     # streams
