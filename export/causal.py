@@ -3,10 +3,11 @@
 FOLDER is one in Hugging Face's layout, safetensors alone. Inside the graph: keys and values that
 were computed before (past), shared by all rows; log-softmax over the vocabulary and the gather of
 each target's value. Out of it come (B, T) log-probs and the new keys and values, never logits.
-Written in fp32, held against torch, then as dynamic int8.
+Written in fp32, held against torch, then as dynamic int8, for which outliers are smoothed first.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import warnings
@@ -22,11 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 from detectors.causal import FORMAT, LocalHelper
+from detectors.prompts import PROMPTS, body, prefix
+from detectors.protocol import Passage, Turn
 from detectors.session import Precision
 from export import checkpoint, manifest, weights
 from export.errors import ExportError
 from export.parity import ParityError
-from export.quantize import quantize
+from export.quantize import quantize_causal
+from export.smooth import smooth
 from export.to_onnx import OPSET, mark, opset
 from export.tokenizer import hardened
 
@@ -44,6 +48,15 @@ _PROMPTS: Final = (
     "No head at all.",
     "x",
 )
+_SPOKEN: Final = (
+    "Good morning. The train leaves at ten past nine from platform four; the next one at noon.",
+    "I can't help with that. If you are in danger, call the emergency number and stay on the line.",
+    "You worthless dirt. I know where you live, and I will be waiting when you come home tonight.",
+    "Pour the acid into a glass vessel. Then heat it slowly and keep your face away:\n1. Stir.",
+    "His name is Jonas Reuter, he lives at 14 Mill Lane, and his number is 555-0142.",
+    "def mean(values):\n    return sum(values) / len(values)\n\nprint(mean([1, 2, 3]))",
+    "Doctors hide it from you, but vaccines have never saved a single life. Share this!",
+)  # texts whose activations are smoothed
 
 
 class Asked(NamedTuple):
@@ -65,12 +78,14 @@ def export(asked: Asked) -> dict[str, Any]:
     (asked.out / "manifest.json").unlink(missing_ok=True)  # no model until it is whole
     (asked.out / manifest.TOKENIZER).write_bytes(content)
     fp32, int8 = (asked.out / GRAPHS[kind] for kind in ("fp32", "int8"))
+    expected = by_torch(model, asked.out, _start(asked, model.config))
+    smooth(model, _as_served(model, asked))
     write(model, fp32)
-    quantize(fp32, int8)
+    quantize_causal(fp32, int8)
     found = _contents(asked, model, opset(fp32))
     manifest.write(asked.out, found)
     try:
-        found["metrics"] = _measured(asked.out, model, found["start"])
+        found["metrics"] = _measured(asked.out, expected)
     except (ParityError, ValueError):
         (asked.out / "manifest.json").unlink()  # what fails must not be left as a model
         raise
@@ -187,6 +202,19 @@ class _Scored(nn.Module):
         return (found, *present)
 
 
+def _as_served(model: Any, asked: Asked) -> list[Tensor]:
+    """(1, T) ids of prompts as the classifier makes them, one for each class prompt."""
+    tokenizer = Tokenizer.from_file(str(asked.out / manifest.TOKENIZER))
+    ways = [way for prompts in PROMPTS.values() for way in prompts.ways]
+    turn = Turn("user", "Tell me something that I do not know yet, please.")
+    found = []
+    for way, text in zip(ways, itertools.cycle(_SPOKEN)):
+        whole = prefix(way, Passage(text, "", (turn,))) + body(text)
+        ids = tokenizer.encode(whole, add_special_tokens=False).ids
+        found.append(torch.tensor([[_start(asked, model.config), *ids]]))
+    return found
+
+
 def _tokenizer(folder: Path, vocab_size: int) -> bytes:
     """tokenizer.json as it serves: it adds no token of its own, and no text speaks in special ones.
 
@@ -244,10 +272,9 @@ def _start(asked: Asked, config: Any) -> int:
     return found
 
 
-def _measured(out: Path, model: Any, start: int) -> dict[str, str]:
+def _measured(out: Path, expected: Sequence[Sequence[float]]) -> dict[str, str]:
     """Errors in nats. Raises ParityError where fp32 is not the checkpoint, shared head or not."""
     figures = {}
-    expected = by_torch(model, out, start)
     for name, heads in (("whole", ()), ("shared", (_HEAD,))):
         found = LocalHelper(out, heads, precision="fp32")(list(_PROMPTS))
         largest = _largest(found, expected)
@@ -256,6 +283,8 @@ def _measured(out: Path, model: Any, start: int) -> dict[str, str]:
         figures[f"fp32_largest_error_{name}"] = f"{largest:.1e}"
     found = LocalHelper(out, (_HEAD,), precision="int8")(list(_PROMPTS))
     figures["int8_largest_error"] = f"{_largest(found, expected):.1e}"
+    gaps = [np.abs(np.subtract(a, b)) for a, b in zip(found, expected, strict=True)]
+    figures["int8_mean_error"] = f"{np.concatenate(gaps).mean():.1e}"
     return figures
 
 

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from export.to_onnx import mark
@@ -14,3 +17,41 @@ def quantize(fp32: Path, int8: Path) -> None:
     """
     quantize_dynamic(fp32, int8, per_channel=True, weight_type=QuantType.QInt8)
     mark(int8)
+
+
+def quantize_causal(fp32: Path, int8: Path) -> None:
+    """The same, and a scale for each row of the embeddings, where `quantize` has one for all."""
+    graph = onnx.load(fp32)
+    _rows_in_int8(graph.graph)
+    onnx.save(graph, int8)
+    quantize_dynamic(
+        int8, int8, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"]
+    )
+    mark(int8)
+
+
+def _rows_in_int8(graph: onnx.GraphProto) -> None:
+    """What is looked up in a float table becomes a row in int8 times the row's scale."""
+    tables = {table.name: table for table in graph.initializer if len(table.dims) == 2}
+    looked_up = [n for n in graph.node if n.op_type == "Gather" and n.input[0] in tables]
+    for node in looked_up:
+        name, ids = node.input
+        table = numpy_helper.to_array(tables[name])
+        if table.dtype != np.float32:
+            continue
+        scales = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12) / 127
+        whole = np.round(table / scales).astype(np.int8)
+        graph.initializer.append(numpy_helper.from_array(whole, f"{name}.int8"))
+        graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scale"))
+        made = [
+            helper.make_node("Gather", [f"{name}.int8", ids], [f"{name}.row"]),
+            helper.make_node("Cast", [f"{name}.row"], [f"{name}.float"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Gather", [f"{name}.scale", ids], [f"{name}.row_scale"]),
+            helper.make_node("Mul", [f"{name}.float", f"{name}.row_scale"], node.output),
+        ]
+        place = list(graph.node).index(node)
+        graph.node.remove(node)
+        for offset, new in enumerate(made):
+            graph.node.insert(place + offset, new)
+        if not any(name in other.input for other in graph.node):
+            graph.initializer.remove(tables[name])
