@@ -1,7 +1,7 @@
 """Several detectors' scores of one segment to the scores that count.
 
 p = sigmoid(sum over detectors of weight * log-odds + intercept), by column; weights are learnt on
-dev data (export/pair.py) and kept beside the models, with the digests of those they are for.
+dev data (export/combined.py) and kept beside the models, with the digests of those they are for.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.protocol import FloatArray
 
 FILE: Final = "combination.json"
+_FILES: Final = "combination*.json"
 _NEAREST = 1e-6  # to 0 and to 1, of a probability that becomes log-odds
 _DECIMALS = 6
 
@@ -50,34 +51,47 @@ class Combination(msgspec.Struct, frozen=True):
     def combined(self, scores: FloatArray) -> FloatArray:
         """(B, 7) probabilities of (D, B, 7) probabilities; NaN where any of them is."""
         table = np.array([self.weights[column] for column in COLUMNS])  # (7, D + 1)
-        clipped = np.clip(scores, _NEAREST, 1 - _NEAREST)
-        log_odds = np.log(clipped) - np.log1p(-clipped)  # (D, B, 7)
-        total = np.einsum("dbc,cd->bc", log_odds, table[:, :-1]) + table[:, -1]  # (B, 7)
+        total = np.einsum("dbc,cd->bc", log_odds(scores), table[:, :-1]) + table[:, -1]  # (B, 7)
         return sigmoid(total).round(_DECIMALS)
+
+
+def log_odds(scores: FloatArray) -> FloatArray:
+    """log(p / (1 - p)) of probabilities, same shape, 14 at most either way; NaN of NaN."""
+    clipped = np.clip(scores, _NEAREST, 1 - _NEAREST)
+    found: FloatArray = np.log(clipped) - np.log1p(-clipped)
+    return found
 
 
 def read(folder: Path, detectors: Sequence[Named]) -> Combination | None:
     """The combination of exactly these detectors; None where the folder has none for their names.
 
-    Raises CombinationError where it was learnt for other digests, or makes no sense.
+    There may be several, combination.json and combination-*.json, each for other names. Raises
+    CombinationError where it was learnt for other digests, or makes no sense.
     """
-    path = folder / FILE
-    if len(detectors) < 2 or not path.is_file():
+    if len(detectors) < 2:
         return None
+    names = [detector.name for detector in detectors]
+    found = [it for it in map(_decoded, sorted(folder.glob(_FILES))) if list(it.detectors) == names]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise CombinationError(f"{folder}: two combinations of {', '.join(names)}: remove one")
+    _check(found[0])
+    for detector in detectors:
+        if found[0].detectors[detector.name] != detector.digest:
+            raise CombinationError(
+                f"{FILE} was learnt with another {detector.name}: "
+                "export both again, or remove the file to let the highest score count"
+            )
+    return found[0]
+
+
+def _decoded(path: Path) -> Combination:
     content = path.read_bytes()
     try:
         found = msgspec.json.decode(content, type=Combination)
     except msgspec.DecodeError as error:
         raise CombinationError(f"{path.name}: {error}") from error
-    if list(found.detectors) != [detector.name for detector in detectors]:
-        return None
-    _check(found)
-    for detector in detectors:
-        if found.detectors[detector.name] != detector.digest:
-            raise CombinationError(
-                f"{path.name} was learnt with another {detector.name}: "
-                "export both again, or remove the file to let the highest score count"
-            )
     return msgspec.structs.replace(found, digest=sha256(content).hexdigest())
 
 

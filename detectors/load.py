@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final, NamedTuple, cast
 
+import msgspec
+
 from detectors import combine, second
 from detectors.combine import Combination
 from detectors.logprob import Helper
@@ -15,6 +17,12 @@ PYTHON: Final = "python:"  # a user's own detector: python:package.module:attr
 CUDA: Final = "@cuda"  # a folder's name and this: its fp16 graph on a GPU
 _SERVERS: Final = ("http://", "https://")  # of completions, for the second look
 _MEMBERS: Final = ("name", "digest", "thresholds", "encode", "score")
+
+
+class _Kind(msgspec.Struct):
+    """What every manifest may say."""
+
+    kind: str = ""
 
 
 class LoadError(Exception):
@@ -125,9 +133,6 @@ def load_detector(spec: str, models: Path) -> Detector:
 
 
 def _from_folder(spec: str, models: Path) -> Detector:
-    # Imported here: a worker whose detectors are all its user's own needs no onnxruntime.
-    from detectors.toxicity import Toxicity
-
     name = spec.removesuffix(CUDA)
     folder = models / name
     if not (folder / "manifest.json").is_file():
@@ -137,9 +142,33 @@ def _from_folder(spec: str, models: Path) -> Detector:
             f"or write {PYTHON}package.module:attr for your own"
         )
     try:
-        return Toxicity(folder, "cpu" if name == spec else "cuda")
+        return _opened(folder, on_cuda=name != spec)
     except (OSError, ValueError) as error:
         raise LoadError(f"detector {spec!r} in {folder}: {error}") from error
+
+
+def _opened(folder: Path, *, on_cuda: bool) -> Detector:
+    """Raises OSError or ValueError."""
+    # Imported here: a worker whose detectors are all its user's own needs no onnxruntime.
+    from detectors.toxicity import Toxicity
+    from detectors.words import KIND, Words
+
+    if kind_of(folder) != KIND:
+        return Toxicity(folder, "cuda" if on_cuda else "cpu")
+    if on_cuda:
+        raise ValueError(f"it runs on the CPU alone; name it without {CUDA}")
+    return Words(folder)
+
+
+def kind_of(folder: Path) -> str:
+    """What its manifest calls itself: `words`, or nothing where it is an encoder's.
+
+    Raises OSError, or ValueError where the manifest cannot be read.
+    """
+    try:
+        return msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Kind).kind
+    except msgspec.DecodeError as error:
+        raise ValueError(f"manifest.json cannot be read: {error}") from error
 
 
 def _known(models: Path) -> str:

@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
     """A passage as a detector reads it: one window, or several where it is long."""
 
     windows: tuple[Window, ...]  # at least one
-    tokens: int  # tokens that go through the model, all windows together
+    tokens: int  # tokens that go through the model, all windows together; 0 where it is no encoder
     text_tokens: int  # of these, tokens of the segment itself; each counted once
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -48,6 +48,30 @@ class Lengths(msgspec.Struct, frozen=True):
 
 
 View = Literal["whole", "segment"]  # segment: without the text before and the conversation
+
+
+class Said(Protocol):
+    """What the manifest of every kind of classifier says."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """In the order of the scores."""
+        ...
+
+    @property
+    def opset(self) -> int:
+        """Of the graph's own operators."""
+        ...
+
+    @property
+    def calibration(self) -> dict[str, tuple[float, float]]:
+        """Column to slope and intercept."""
+        ...
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """By THRESHOLD_KEYS."""
+        ...
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -326,6 +350,17 @@ def _checked(raw: bytes) -> Manifest:
         raise ModelError(f"manifest.json cannot be read: {error}") from error
     if manifest.format not in FORMATS:
         raise ModelError(f"manifest format {manifest.format}, this version reads {FORMATS}")
+    check_said(manifest)
+    if manifest.max_tokens is not None and manifest.longest() > manifest.max_tokens:
+        raise ModelError(
+            f"windows of {manifest.longest()} tokens, the model has {manifest.max_tokens} positions"
+        )
+    _check_labels(manifest)
+    return manifest
+
+
+def check_said(manifest: Said) -> None:
+    """Raises ModelError where columns, opset, calibration or thresholds cannot serve."""
     if manifest.columns != COLUMNS:
         raise ModelError(f"the model scores {manifest.columns}, expected {COLUMNS}")
     if manifest.opset not in OPSETS:
@@ -334,13 +369,7 @@ def _checked(raw: bytes) -> Manifest:
         )
     if set(manifest.calibration) != set(COLUMNS):
         raise ModelError("the calibration does not name each column once")
-    if manifest.max_tokens is not None and manifest.longest() > manifest.max_tokens:
-        raise ModelError(
-            f"windows of {manifest.longest()} tokens, the model has {manifest.max_tokens} positions"
-        )
-    _check_labels(manifest)
     _check_thresholds(manifest.thresholds)
-    return manifest
 
 
 def _check_labels(manifest: Manifest) -> None:

@@ -1,7 +1,8 @@
 """Makes both detectors of a run: `python -m export --checkpoint RUN --out models --data DATA`.
 
 The steps are those of the package: graph, int8, parity; then calibration, thresholds and figures
-from the int8 graph, because that is the one that serves; then the manifest.
+from the int8 graph, because that is the one that serves; then the manifest. `export.words` makes
+the third detector, and `export.combined` one score of all.
 
 Somebody else's classifier, a folder in Hugging Face's layout: `python -m export --hf FOLDER
 --labels MAP.toml --out models/NAME`; see export/foreign.py and export/label_map.py.
@@ -15,34 +16,24 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from detectors.calibrate import Calibration
-from detectors.combine import FILE
 from detectors.protocol import Window
-from detectors.session import Folder
 from detectors.tokens import PairTokens
-from export import card, foreign, manifest, pair, parity
+from export import card, figures, foreign, manifest, pair, parity
 from export.errors import ExportError
 from export.fuse import fuse, halve
 from export.pair import Read
 from export.quantize import quantize
 from export.to_onnx import of_judge, opset, to_onnx, write
-from training import base, measure, rows, sources, thresholds
-from training.measure import Scored
+from training import base, rows, sources, thresholds
 from training.model import load
-from training.rows import Parts, Row
+from training.rows import Row
 from training.windows import judged
 
-_A_SOURCE: Final = {"calibrate": 40, "report": 40, "unseen": 120}  # rows of each source, at most
-_HARMLESS_A_SOURCE: Final = 80  # and of each source of long harmless replies
+_A_SOURCE: Final = 40  # rows of a known source, at most
 _PARITY_ROWS: Final = 200
 _SEED: Final = 1
-
-
-class _Choice(NamedTuple):
-    calibration: Calibration
-    thresholds: dict[str, float]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,53 +48,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = rows.split(rows.read(arguments.data / "permissive"))
     tokens = PairTokens((run / manifest.TOKENIZER).read_bytes())
     windows = _windows(parts.report, tokens)
-    figures = _graphs(run, work, windows)
-    read = _read(parts, tokens, work / manifest.MODEL, arguments.threads)
-    made = [
-        _detector(name, read, arguments, figures, tokens, windows) for name in pair.VIEWS
-    ]  # fmt: skip
-    calibrations = [one.choice.calibration for one in made]
-    weights = pair.learn(read["calibrate"], calibrations)
-    whole = {part: some.together(calibrations, weights) for part, some in read.items()}
-    choice = _Choice(pair.PLAIN, _thresholds(whole, pair.PLAIN))
-    found = _figures(whole, choice)
-    contents = pair.combination({it.name: it.digest for it in made}, weights, choice.thresholds)
-    contents["metrics"] = manifest.without_nan(found)
-    (out / FILE).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(contents["weights"], indent=1))
-    print(card.tables(contents["metrics"], choice.thresholds))
-
-
-class _Detector(NamedTuple):
-    name: str
-    digest: str
-    choice: _Choice
+    parity_figures = _graphs(run, work, windows)
+    read = _read(arguments.data, tokens, work / manifest.MODEL, arguments.threads)
+    for name in pair.VIEWS:
+        _detector(name, read, arguments, parity_figures, tokens, windows)
 
 
 def _detector(
-    name: str, read: dict[str, Read], arguments: argparse.Namespace, figures: dict[str, Any],
+    name: str, read: dict[str, Read], arguments: argparse.Namespace, parity_figures: dict[str, Any],
     tokens: PairTokens, windows: list[Window],
-) -> _Detector:  # fmt: skip
+) -> None:  # fmt: skip
     """Writes one model folder; prints its figures."""
     run, out = arguments.checkpoint, arguments.out / name
     out.mkdir(exist_ok=True)
     shutil.copyfile(run / "onnx" / manifest.MODEL, out / manifest.MODEL)
     shutil.copyfile(run / manifest.TOKENIZER, out / manifest.TOKENIZER)
-    figures = figures | (_for_cuda(run, out, windows) if arguments.cuda else {})
+    metrics = parity_figures | (_for_cuda(run, out, windows) if arguments.cuda else {})
     view = list(pair.VIEWS).index(name)
     scored = {part: some.by(view) for part, some in read.items()}
     calibration = thresholds.calibrate(scored["calibrate"])
-    choice = _Choice(calibration, _thresholds(scored, calibration))
-    figures = figures | _figures(scored, choice)
+    chosen = figures.choose(scored, calibration)
+    metrics |= figures.of(scored, calibration, chosen)
     provenance = _provenance(arguments.data / "permissive", run)
     made = manifest.Made(
-        opset(out / manifest.MODEL), *choice, provenance, figures, layout=tokens.layout,
+        opset(out / manifest.MODEL), calibration, chosen, provenance, metrics, layout=tokens.layout,
         graphs=("int8", "fp16") if arguments.cuda else ("int8",), name=name,
         view=pair.VIEWS[name],
     )  # fmt: skip
     manifest.write(out, manifest.contents(out, made))
-    print(f"\n## {name}\n\n{card.tables(manifest.without_nan(figures), choice.thresholds)}")
-    return _Detector(name, Folder(out).digest, choice)
+    print(f"\n## {name}\n\n{card.tables(manifest.without_nan(metrics), chosen)}")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -178,74 +151,18 @@ def _windows(some: list[Row], tokens: PairTokens) -> list[Window]:
     return [tokens.encode(judged(row)[-1]).windows[0] for row in chosen]
 
 
-def _read(parts: Parts, tokens: PairTokens, graph: Path, threads: int) -> dict[str, Read]:
-    """The parts that were not trained on, and of each the harmless texts that must pass."""
+def _read(data: Path, tokens: PairTokens, graph: Path, threads: int) -> dict[str, Read]:
+    """The rows that were not trained on, and of them the harmless texts that must pass."""
     logits_of = parity.of_graph(graph)
     found = {}
-    for part, most in _A_SOURCE.items():
-        members: list[Row] = getattr(parts, part)
-        for name, chosen in (
-            (part, _some(members, most)),
-            (f"{part}_harmless", _some(filter(_long_harmless, members), _HARMLESS_A_SOURCE)),
-            (f"{part}_look_alikes", _some(filter(_looks_harmful, members), _HARMLESS_A_SOURCE)),
-        ):
-            print(f"{name}: {len(chosen)} rows", flush=True)
-            found[name] = pair.read(chosen, tokens, logits_of, threads)
+    for name, chosen in figures.held(data, _A_SOURCE).items():
+        print(f"{name}: {len(chosen)} rows", flush=True)
+        found[name] = pair.read(chosen, tokens, logits_of, threads)
     return found
-
-
-def _some(members: Any, most: int) -> list[Row]:
-    by_source: dict[str, list[Row]] = {}
-    for row in members:
-        by_source.setdefault(row.source, []).append(row)
-    chance = random.Random(_SEED)  # noqa: S311 - a sample, not a secret
-    return [r for group in by_source.values() for r in chance.sample(group, min(most, len(group)))]
-
-
-def _long_harmless(row: Row) -> bool:
-    return (
-        row.source in sources.LONG_HARMLESS
-        and row.kind == "reply"
-        and row.targets[-1] == 0
-        and row.weights[-1] == 1
-    )
-
-
-def _looks_harmful(row: Row) -> bool:
-    return row.source in sources.LOOK_ALIKES and row.targets[-1] == 0 and row.weights[-1] == 1
-
-
-def _thresholds(scored: dict[str, Scored], calibration: Calibration) -> dict[str, float]:
-    return thresholds.choose(
-        scored["calibrate"], scored["calibrate_harmless"], calibration,
-        scored["calibrate_look_alikes"],
-    )  # fmt: skip
-
-
-def _figures(scored: dict[str, Scored], choice: _Choice) -> dict[str, Any]:
-    """Figures on rows that neither weights nor calibration nor thresholds have seen."""
-    found: dict[str, Any] = {}
-    for part in ("report", "unseen"):
-        by_column = measure.table(scored[part], *choice)
-        found[part] = {column: figures._asdict() for column, figures in by_column.items()}
-        found[f"{part}_replies"] = _harmful_of_replies(scored[part], choice)
-        harmless = scored[f"{part}_harmless"]
-        found[f"{part}_harmless_replies"] = len(harmless.rows)
-        found[f"{part}_harmless_replies_blocked"] = float(measure.blocked(harmless, *choice).mean())
-        alike = scored[f"{part}_look_alikes"]
-        found[f"{part}_look_alikes"] = len(alike.rows)
-        found[f"{part}_look_alikes_blocked"] = float(measure.blocked(alike, *choice).mean())
-    found["by_source"] = measure.blocked_by_source(scored["unseen"], *choice)
-    return found
-
-
-def _harmful_of_replies(scored: Scored, choice: _Choice) -> dict[str, Any]:
-    replies = scored.only(lambda row: row.kind == "reply")
-    return measure.table(replies, *choice)["harmful"]._asdict()
 
 
 def _provenance(data: Path, run: Path) -> dict[str, Any]:
-    untrained = sources.UNUSED | sources.UNSEEN
+    untrained = sources.UNUSED | sources.LEFT_OUT
     settings = json.loads((run / "settings.json").read_text())
     origin = base.BASES[settings.get("base", "minilm")]
     return {
@@ -257,7 +174,7 @@ def _provenance(data: Path, run: Path) -> dict[str, Any]:
         "licence": "Apache-2.0",
         "settings": settings,
         "data": {s: licence for s, licence in rows.licences(data).items() if s not in untrained},
-        "held_out_sources": sorted(sources.UNSEEN),
+        "held_out_sources": sorted(sources.LEFT_OUT),
     }
 
 

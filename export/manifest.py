@@ -66,7 +66,7 @@ def contents(folder: Path, made: Made) -> dict[str, Any]:
         "max_tokens": made.max_tokens,
         "labels": msgspec.to_builtins(made.labels),
         "files": digests(folder, (*graphs.values(), TOKENIZER)),
-        "calibration": _pairs(made.calibration),
+        "calibration": pairs(made.calibration),
         "thresholds": dict(made.thresholds),
         "provenance": dict(made.provenance),
         "metrics": without_nan(made.metrics),
@@ -93,6 +93,7 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def _pairs(calibration: Calibration) -> dict[str, list[float]]:
+def pairs(calibration: Calibration) -> dict[str, list[float]]:
+    """Column to slope and intercept."""
     columns = zip(COLUMNS, calibration.slopes, calibration.intercepts, strict=True)
     return {column: [float(slope), float(intercept)] for column, slope, intercept in columns}

@@ -19,6 +19,11 @@ def own() -> list[Row]:
     return [row for row in map(row_of, own_rows()) if not row.dev]
 
 
+def own_held_out() -> list[Row]:
+    """The rows of training/texts that no training sees; families of frames are whole in either."""
+    return [row for row in map(row_of, own_rows()) if row.dev]
+
+
 def read_files(paths: Sequence[Path]) -> list[Row]:
     """Rows of JSON Lines files, gzipped or not, in either of two forms.
 

@@ -28,6 +28,7 @@ from training.systems import FLOOR, Compare, System, main_of
 from training.tables import Table
 
 _HERE: Final = Path(__file__).resolve().parent.parent
+_DETECTORS: Final = ("toxicity", "context", "words")  # as in the worker's settings
 _SAMPLE: Final = 40  # rows a source: one model and its fp32 graph in 10 minutes on one core
 
 
@@ -63,8 +64,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--models", type=Path, nargs="+", action="extend", metavar="FOLDER",
-        help="model folders; the first toxicity and the first context among them are also judged "
-        "together, in this order (default: those in models/)",
+        help="model folders; the first of each kind among them are also judged together, in this "
+        "order (default: those in models/)",
     )  # fmt: skip
     parser.add_argument("--sample", type=int, default=_SAMPLE, help=f"rows a source ({_SAMPLE})")
     parser.add_argument("--out", type=Path, help="folder for Markdown, JSON and plots")
@@ -80,7 +81,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _shipped() -> list[Path]:
     """The model folders that are here, in the order that the worker's settings would name them."""
-    folders = (_HERE / "models" / name for name in ("toxicity", "context"))
+    folders = (_HERE / "models" / name for name in _DETECTORS)
     return [folder for folder in folders if (folder / "manifest.json").exists()]
 
 

@@ -31,12 +31,13 @@ class Row(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """No prompt (`group`) of `fit` is in any other part; `unseen` are whole sources left out."""
+    """No prompt (`group`) is in two parts; the last two are whole sources left out of `fit`."""
 
     fit: list[Row]
     calibrate: list[Row]  # calibration and thresholds are chosen here
     report: list[Row]  # and measured here
-    unseen: list[Row]
+    unseen: list[Row]  # and here
+    unknown: list[Row]  # sources that join `calibrate`, so that it holds for unknown ones
 
 
 def read(folder: Path) -> list[Row]:
@@ -55,11 +56,14 @@ def licences(folder: Path) -> dict[str, str]:
 
 
 def split(rows: Iterable[Row]) -> Parts:
-    """The four parts. A dev row whose prompt was trained on goes nowhere."""
+    """The five parts. A dev row whose prompt was trained on goes nowhere."""
     by_use = [row for row in rows if row.source not in sources.UNUSED]
     unseen = [row for row in by_use if row.source in sources.UNSEEN]
-    seen = [row for row in by_use if row.source not in sources.UNSEEN]
-    held_out = {row.group for row in unseen}
+    reported = {row.group for row in unseen}
+    left_out = [row for row in by_use if row.source in sources.CALIBRATING]
+    unknown = [row for row in left_out if row.group not in reported]
+    seen = [row for row in by_use if row.source not in sources.LEFT_OUT]
+    held_out = reported | {row.group for row in left_out}
     fit = [
         row
         for row in seen
@@ -69,7 +73,7 @@ def split(rows: Iterable[Row]) -> Parts:
     rest = [row for row in seen if row.group not in trained and row.group not in held_out]
     calibrate = [row for row in rest if _fraction(row.group, "half") < 0.5]
     report = [row for row in rest if _fraction(row.group, "half") >= 0.5]
-    return Parts(fit, calibrate, report, unseen)
+    return Parts(fit, calibrate, report, unseen, unknown)
 
 
 def _fraction(group: str, salt: str) -> float:

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from detectors.combine import Combination, highest
 from detectors.harms import COLUMNS, HARMS, THRESHOLD_KEYS
 from detectors.keywords import Keywords
-from detectors.load import load_detector
+from detectors.load import kind_of, load_detector
 from detectors.protocol import Detector, FloatArray, Passage
 from detectors.session import Folder, Manifest, Precision
+from detectors.words import KIND
 from training.measure import SURE
 from training.rows import Row
 from training.windows import judged as passages_of
@@ -59,12 +60,18 @@ class OfFolder:
 
     def __init__(self, folder: Path, name: str) -> None:
         """Raises ModelError where the files are not what the manifest says."""
-        checked = Folder(folder)
-        self.name = f"{name} {precision(checked.manifest)}"
-        self.digest = checked.digest
-        self.kind = checked.manifest.name  # toxicity or context
-        self.thresholds = checked.manifest.thresholds
         self._folder = folder
+        if is_words(folder):
+            self._take(name, self._detector)
+            return
+        checked = Folder(folder)
+        self._take(f"{name} {precision(checked.manifest)}", checked)
+
+    def _take(self, name: str, said: "Folder | Detector") -> None:
+        it = said.manifest if isinstance(said, Folder) else said
+        self.name, self.digest = name, said.digest
+        self.kind = it.name  # toxicity, context or words
+        self.thresholds: Mapping[str, float] = it.thresholds
 
     @cached_property
     def _detector(self) -> Detector:
@@ -73,6 +80,11 @@ class OfFolder:
     def score(self, passages: Sequence[Passage]) -> FloatArray:
         """(S, 7), by the detector itself."""
         return self._detector.score(self._detector.encode(passages))
+
+
+def is_words(folder: Path) -> bool:
+    """Whether it holds no encoder: there is one graph, and no tokenizer."""
+    return kind_of(folder) == KIND
 
 
 def precision(manifest: Manifest) -> Precision:
@@ -88,6 +100,8 @@ def fp32_twin(folder: Path, runs: Path) -> Path | None:
     that the folder serves. None where it is nowhere, or served already. The twin is links and a
     manifest, made anew each time.
     """
+    if is_words(folder):
+        return None
     manifest = Folder(folder).manifest
     graph = _fp32_graph(folder, manifest, runs)
     if graph is None or precision(manifest) == "fp32":
@@ -116,6 +130,8 @@ def _fp32_graph(folder: Path, manifest: Manifest, runs: Path) -> Path | None:
 
 def run_of(folder: Path, runs: Path) -> Path | None:
     """The run that the model was exported from: its int8 graph is the folder's, by digest."""
+    if is_words(folder):
+        return None
     manifest = Folder(folder).manifest
     wanted = manifest.files[manifest.model]
     for graph in sorted(runs.glob(f"*/onnx/{manifest.model}")):

@@ -47,18 +47,67 @@ class Sets(NamedTuple):
     stand_ins: list[Row]
 
 
+class Shown(NamedTuple):
+    """Rows that figures are made on, and nothing else is."""
+
+    report: list[Row]  # of sources that were trained on
+    unseen: list[Row]  # of whole sources left out
+    long_harmless: list[Row]  # of both; some are in those two as well
+    look_alikes: list[Row]  # likewise
+
+
 def read(data: Path, sample: int) -> Sets:
     """sample: rows of each source of `report`; others in proportion. Raises FileNotFoundError."""
     parts = rows.split(rows.read(data / "permissive"))
+    rows_shown, chosen = shown(parts, sample), calibrating(parts, (), sample)
     return Sets(
         fit=parts.fit,
-        calibrate=_some(parts.calibrate, sample),
-        calibrate_harmless=_some(filter(is_long_harmless, parts.calibrate), _LONG * sample),
-        report=_some(parts.report, sample),
-        unseen=_some(parts.unseen, _UNSEEN * sample),
-        long_harmless=_some(_long_harmless(parts), _LONG * sample),
+        calibrate=[*chosen.known, *chosen.unknown],
+        calibrate_harmless=chosen.long_harmless,
+        report=rows_shown.report,
+        unseen=rows_shown.unseen,
+        long_harmless=rows_shown.long_harmless,
         stand_ins=_stand_ins(data / "noncommercial", parts, sample),
     )
+
+
+def shown(parts: Parts, sample: int) -> Shown:
+    """sample: rows of each source of `report`; others in proportion."""
+    both = (*parts.report, *parts.unseen)
+    harmless = [row for row in both if row.targets[-1] == 0 and row.weights[-1] >= SURE]
+    return Shown(
+        report=_some(parts.report, sample),
+        unseen=_some(parts.unseen, _UNSEEN * sample),
+        long_harmless=_some(filter(is_long_harmless, both), _LONG * sample),
+        look_alikes=_some(_of(harmless, sources.LOOK_ALIKES), _LONG * sample),
+    )
+
+
+class Calibrating(NamedTuple):
+    """Rows that calibration, weights and thresholds are made on; none is trained on or reported."""
+
+    known: list[Row]  # of sources that were trained on
+    unknown: list[Row]  # of whole sources left out
+    long_harmless: list[Row]  # these three are to pass
+    look_alikes: list[Row]
+    counter_speech: list[Row]
+
+
+def calibrating(parts: Parts, own: Iterable[Row], sample: int) -> Calibrating:
+    """sample: rows of each known source; others in proportion. own: dev rows of our own texts."""
+    both = [*parts.calibrate, *parts.unknown]
+    harmless = [row for row in (*both, *own) if row.targets[-1] == 0 and row.weights[-1] >= SURE]
+    return Calibrating(
+        known=_some(parts.calibrate, sample),
+        unknown=_some(parts.unknown, _UNSEEN * sample),
+        long_harmless=_some(filter(is_long_harmless, both), _LONG * sample),
+        look_alikes=_some(_of(harmless, sources.LOOK_ALIKES), _LONG * sample),
+        counter_speech=_some(_of(harmless, sources.COUNTER_SPEECH), _LONG * sample),
+    )
+
+
+def _of(some: Iterable[Row], names: frozenset[str]) -> Iterator[Row]:
+    return (row for row in some if row.source in names)
 
 
 def is_long_harmless(row: Row) -> bool:
@@ -74,10 +123,6 @@ def is_long_harmless(row: Row) -> bool:
 def distinct(some: Iterable[Row]) -> list[Row]:
     """Each row once."""
     return list({row.id: row for row in some}.values())
-
-
-def _long_harmless(parts: Parts) -> Iterator[Row]:
-    return filter(is_long_harmless, (*parts.report, *parts.unseen))
 
 
 def _stand_ins(folder: Path, parts: Parts, sample: int) -> list[Row]:

@@ -5,21 +5,29 @@ from typing import Final
 # No usable harm label, or a truth label that only world knowledge could give.
 UNUSED: Final = frozenset({"hh_rlhf_harmless", "presidio_pii", "factscore_sentences"})
 
-# Whole sources that no part of training, calibration or thresholds sees.
-UNSEEN: Final = frozenset(
+# Whole sources that nothing is trained on, in two fixed groups of like kinds: replies, prompts and
+# posts, harmful and harmless texts in either. The first calibrates and chooses thresholds beside
+# the sources that were trained on, since a model is surer of those than of what it will meet.
+CALIBRATING: Final = frozenset(
     {
         "autoj_responses",  # long harmless replies
-        "dices",  # conversations with a model, judged by about a hundred people each
         "gab_hate_corpus",
-        "shadow_alignment",  # compliance with harmful requests
         "jailjudge_mini",  # replies of attacked models, judged by people
         "multijail_en",  # harmful requests
-        "or_bench_80k_sample",  # requests that look harmful and are not
-        "sbic",
-        "trustllm_privacy_queries",
         "truthfulqa",
     }
 )
+# The second is only reported. It has the one source of harmless requests.
+UNSEEN: Final = frozenset(
+    {
+        "dices",  # conversations with a model, judged by about a hundred people each
+        "or_bench_80k_sample",  # requests that look harmful and are not
+        "sbic",
+        "shadow_alignment",  # compliance with harmful requests
+        "trustllm_privacy_queries",  # harmful requests
+    }
+)
+LEFT_OUT: Final = CALIBRATING | UNSEEN
 
 # Each positive row is of one category, so it says something of the other five.
 ONE_CATEGORY: Final = frozenset({
@@ -44,8 +52,11 @@ LONG_HARMLESS: Final = frozenset({
 # Harmless requests and stories that look harmful.
 LOOK_ALIKES: Final = frozenset({
     "caia_safety", "coconot_contrast", "cyberseceval_frr", "ethics_commonsense",
-    "jailbreakbench_goals", "or_bench_80k_sample", "or_bench_hard",
+    "jailbreakbench_goals", "or_bench_80k_sample", "or_bench_hard", "own_lookalikes",
 })  # fmt: skip
+
+# Answers to hate, which quote or name what they speak against.
+COUNTER_SPEECH: Final = frozenset({"gbv_counterspeech", "own_counterspeech"})
 
 CAP: Final = 700  # rows a source
 CAPS: Final = {

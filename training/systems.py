@@ -45,30 +45,35 @@ class Compare:
         )
 
     def models(self) -> Iterator[System]:
-        """Each model, those that serve together, and last what is served."""
+        """Each model, the encoders together where there is more, those that serve together, and
+        last what is served."""
         found = {name: OfFolder(folder, name) for name, folder in self._folders.items()}
         alone = {name: self._through(model, self._all) for name, model in found.items()}
         yield from alone.values()
-        pair = _pair(found)
-        whole = _together([alone[name] for name in pair], self._combination(pair))
-        if len(pair) > 1:
+        names = _first_of_each(found)
+        encoders = [name for name in names if not scores.is_words(self._folders[name])]
+        if 1 < len(encoders) < len(names):
+            yield _together([alone[name] for name in encoders], self._combination(encoders))
+        whole = _together([alone[name] for name in names], self._combination(names))
+        if len(names) > 1:
             yield whole
         yield _served(whole, self._all)
 
     def exact(self) -> Iterator[System]:
-        """The same with fp32 graphs, where there are any, on what is reported by harm: they take
-        more than twice the time."""
+        """The encoders with fp32 graphs, where there are any, on what is reported by harm: they
+        take more than twice the time. Together with them stands what is no encoder, as it is."""
         rows = distinct((*self._chosen.report, *self._chosen.unseen))
         twins = {
             name: OfFolder(twin, name)
             for name, folder in self._folders.items()
-            if (twin := scores.fp32_twin(folder, self._runs))
+            if (twin := self._twin(folder))
         }
         alone = {name: self._through(model, rows) for name, model in twins.items()}
-        yield from alone.values()
-        pair = _pair(twins)
-        if len(pair) > 1:
-            yield _together([alone[name] for name in pair], self._combination(pair))
+        exact = [name for name in alone if not scores.is_words(self._folders[name])]
+        yield from (alone[name] for name in exact)
+        names = _first_of_each(twins)
+        if exact and len(names) > 1:
+            yield _together([alone[name] for name in names], self._combination(names))
 
     def others(self) -> Iterator[System]:
         """The floor, and the small baselines where they are installed."""
@@ -84,9 +89,12 @@ class Compare:
         for baseline in small:
             yield self._through(baseline, self._all)
 
-    def _combination(self, pair: Sequence[str]) -> Combination | None:
+    def _twin(self, folder: Path) -> Path | None:
+        return folder if scores.is_words(folder) else scores.fp32_twin(folder, self._runs)
+
+    def _combination(self, names: Sequence[str]) -> Combination | None:
         """As it lies beside the models. Raises LoadError where it is for others."""
-        folders = [self._folders[name] for name in pair]
+        folders = [self._folders[name] for name in names]
         detectors = [load_detector(folder.name, folder.parent) for folder in folders]
         beside = {folder.parent for folder in folders}
         return load_combination(beside.pop(), detectors) if len(beside) == 1 else None
@@ -109,7 +117,7 @@ def _name(folder: Path, among: Sequence[Path]) -> str:
     return folder.name if alike == 1 else f"{folder.parent.name}/{folder.name}"
 
 
-def _pair(models: Mapping[str, OfFolder]) -> list[str]:
+def _first_of_each(models: Mapping[str, OfFolder]) -> list[str]:
     """The names of the models that serve together: the first of each kind."""
     first: dict[str, str] = {}
     for name, model in models.items():

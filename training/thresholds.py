@@ -1,6 +1,11 @@
-"""Calibration and thresholds from scored rows; others than those that are reported."""
+"""Calibration and thresholds from scored rows; others than those that are reported.
 
-from typing import Final
+Sources that nothing was trained on (sources.CALIBRATING) count as much as all known ones together:
+a model is surer of sources that it knows, and what it will meet is neither.
+"""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -8,14 +13,41 @@ from sklearn.linear_model import LogisticRegression
 
 from detectors.calibrate import Calibration, calibrated, sigmoid
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
-from detectors.protocol import FloatArray
-from training.measure import Labelled, Scored, blocked
+from training import sources
+from training.measure import SURE, Labelled, Scored, blocked
 
 FALSE_BLOCKS: Final = 0.004  # share of long harmless replies that may be blocked at any segment
 LOOK_ALIKES_BLOCKED: Final = 0.08  # share of harmless texts that look harmful
+COUNTER_SPEECH_BLOCKED: Final = 0.10  # share of answers to hate
+LEAST_PRECISION: Final = 0.75  # of a column at its threshold
 _LOWEST, _HIGHEST = 0.30, 0.99  # whatever the rows say: few of them lie at the ends
 _WEAKEST: Final = 0.1  # weight of a label that still calibrates
+_LOUDEST: Final = 10.0  # times a known row, that one of an unknown source counts at most
 _PRECISION_COUNTS: Final = 1.0  # beta of the F score that each threshold starts from
+
+
+class Passing(NamedTuple):
+    """Harmless rows that are to pass, with the highest logits over their segments."""
+
+    scored: Scored
+    most: float  # share of them that may be blocked
+
+
+def evened(scored: Scored, column: int, least: float = SURE) -> Labelled:
+    """The rows labelled for a column, those of unknown sources weighing as much as the others.
+
+    At most _LOUDEST times a known row each, so that a handful of them does not decide.
+    """
+    known = scored.only(lambda row: row.source not in sources.CALIBRATING).labels(column, least)
+    unknown = scored.only(lambda row: row.source in sources.CALIBRATING).labels(column, least)
+    louder = 1.0
+    if known.weights.sum() > 0 and unknown.weights.sum() > 0:
+        louder = min(_LOUDEST, float(known.weights.sum() / unknown.weights.sum()))
+    return Labelled(
+        np.concatenate([known.targets, unknown.targets]),
+        np.concatenate([known.logits, unknown.logits]),
+        np.concatenate([known.weights, unknown.weights * louder]),
+    )
 
 
 def calibrate(scored: Scored) -> Calibration:
@@ -23,7 +55,7 @@ def calibrate(scored: Scored) -> Calibration:
 
     A slope of 0 or less would turn the order round: the model has then learnt nothing there.
     """
-    pairs = [_platt(scored.labels(column, least=_WEAKEST)) for column in range(len(COLUMNS))]
+    pairs = [_platt(evened(scored, column, _WEAKEST)) for column in range(len(COLUMNS))]
     for column, (slope, _) in zip(COLUMNS, pairs, strict=True):
         if slope <= 0:
             raise ValueError(f"{column}: slope {slope:.3f}; train longer or on more rows")
@@ -41,45 +73,44 @@ def _platt(labelled: Labelled) -> tuple[float, float]:
 
 
 def choose(
-    scored: Scored, harmless: Scored, calibration: Calibration, look_alikes: Scored | None = None
+    scored: Scored, calibration: Calibration, passing: Sequence[Passing]
 ) -> dict[str, float]:
-    """Thresholds by THRESHOLD_KEYS: the best F1 each, raised until harmless texts pass.
-
-    harmless: long harmless replies, the highest logits over their segments; look_alikes: harmless
-    texts that look harmful.
-    """
-    best = [_best(scored.labels(i), calibration, i) for i in range(len(COLUMNS))]
-    found = _raised(best, harmless, calibration, FALSE_BLOCKS)
-    if look_alikes is not None and len(look_alikes.rows):
-        found = _raised(found, look_alikes, calibration, LOOK_ALIKES_BLOCKED)
+    """Thresholds by THRESHOLD_KEYS: of each column the best F1 among those that keep the least
+    precision; then all raised together, as little as lets enough of each `passing` pass."""
+    found = [_best(evened(scored, i), calibration, i) for i in range(len(COLUMNS))]
+    for harmless in passing:
+        if len(harmless.scored.rows):
+            found = _raised(found, harmless, calibration)
     return dict(zip(THRESHOLD_KEYS, found, strict=True))
 
 
-def _raised(
-    limits: list[float], harmless: Scored, calibration: Calibration, most: float
-) -> list[float]:
-    """The thresholds, together raised as little as lets all but a share of the rows pass."""
-    benign = calibrated(harmless.logits, calibration)  # (N, 7)
-    for quantile in np.linspace(0.5, 1.0, 1001):
+def _raised(limits: list[float], harmless: Passing, calibration: Calibration) -> list[float]:
+    benign = calibrated(harmless.scored.logits, calibration)  # (N, 7)
+    for quantile in np.linspace(0.0, 1.0, 1001):
         floors = np.quantile(benign, quantile, axis=0)
         raised = np.clip(np.maximum(limits, floors), _LOWEST, _HIGHEST).round(3)
         found: list[float] = raised.tolist()
         thresholds = dict(zip(THRESHOLD_KEYS, found, strict=True))
-        if blocked(harmless, calibration, thresholds).mean() <= most:
+        if blocked(harmless.scored, calibration, thresholds).mean() <= harmless.most:
             return found
     return found
 
 
 def _best(labelled: Labelled, calibration: Calibration, column: int) -> float:
-    """The threshold of the best F score on its own."""
+    """The threshold of the best F score on its own; the highest where none is precise enough."""
     slope, intercept = calibration.slopes[column], calibration.intercepts[column]
     probabilities = sigmoid(slope * labelled.logits + intercept)
     grid = np.linspace(_LOWEST, _HIGHEST, 70)
-    scores = [_f(labelled.targets, probabilities > threshold) for threshold in grid]
-    return float(grid[int(np.argmax(scores))])
+    scores = [_f(labelled, probabilities > threshold) for threshold in grid]
+    return float(grid[int(np.argmax(scores))]) if max(scores) > 0 else _HIGHEST
 
 
-def _f(targets: FloatArray, above: npt.NDArray[np.bool_]) -> float:
-    weight = _PRECISION_COUNTS**2
-    hit = float(targets[above].sum())
-    return (1 + weight) * hit / max(1.0, weight * float(targets.sum()) + int(above.sum()))
+def _f(labelled: Labelled, above: npt.NDArray[np.bool_]) -> float:
+    """F score of what is above, by weight; 0 where its precision is too low."""
+    beta = _PRECISION_COUNTS**2
+    hit = float((labelled.weights * labelled.targets)[above].sum())
+    flagged = float(labelled.weights[above].sum())
+    if hit < LEAST_PRECISION * flagged:
+        return 0.0
+    positives = float((labelled.weights * labelled.targets).sum())
+    return (1 + beta) * hit / max(1.0, beta * positives + flagged)

@@ -76,8 +76,11 @@ class Work:
     def read_as(self, encoded: tuple[Encoded, ...], took_ms: float) -> None:
         """Keep what each detector reads of it."""
         self.encoded, self.tokenise_ms = encoded, took_ms
-        self.rows = max(len(row.windows) for row in encoded)
-        self.longest = max(len(window.ids) for row in encoded for window in row.windows)
+        # A detector that is no encoder has no tokens: what it reads must not fill the batches of
+        # those that have, nor be free where it is alone.
+        costly = [row for row in encoded if row.tokens] or encoded
+        self.rows = max(len(row.windows) for row in costly)
+        self.longest = max(len(window.ids) for row in costly for window in row.windows)
 
     @property
     def passage(self) -> Passage:
@@ -344,7 +347,7 @@ class Pipeline:
             return
         for row in work.encoded:
             self.tokens_in += row.tokens
-        self.tokens_of_text += work.encoded[0].text_tokens
+        self.tokens_of_text += max(row.text_tokens for row in work.encoded)
         self._cache.store([(work.key, scores)])
         self._judged(work, scores, stage)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from detectors.harms import COLUMNS, HARMS
-from training import rows, windows
+from training import also, rows, sets, sources, windows
 from training.rows import Row
 
 
@@ -66,8 +66,8 @@ def test_no_prompt_is_in_two_parts() -> None:
     many = [
         row(
             id=str(i),
-            source=chance.choice(["gptfuzz", "jailbreakbench", "dices"]),
-            group=str(chance.randrange(400)),
+            source=chance.choice(["gptfuzz", "jailbreakbench", "dices", "jailjudge_mini"]),
+            group=str(chance.randrange(2000)),
             dev=chance.random() < 0.1,
         )
         for i in range(3000)
@@ -83,10 +83,40 @@ def test_no_prompt_is_in_two_parts() -> None:
 def test_no_dev_row_is_trained_on_and_no_held_out_source() -> None:
     """`split` of the data and the list of sources both hold."""
     many = [row(id=str(i), group=str(i), dev=i % 2 == 0) for i in range(400)]
-    many += [row(id="d", source="dices", group="d")]
-    fit = rows.split(many).fit
-    assert fit
-    assert not any(r.dev or r.source == "dices" for r in fit)
+    many += [row(id=source, source=source, group=source) for source in sources.LEFT_OUT]
+    parts = rows.split(many)
+    assert parts.fit
+    assert not any(r.dev or r.source in sources.LEFT_OUT for r in parts.fit)
+    assert {r.source for r in parts.unseen} == sources.UNSEEN
+    assert {r.source for r in parts.unknown} == sources.CALIBRATING
+
+
+def test_what_is_reported_chooses_nothing() -> None:
+    """Calibration and thresholds see no row, no prompt and no source of sources left out that is
+    reported; our own texts among them are those that no training sees."""
+    chance = random.Random(0)
+    names = ["gptfuzz", "or_bench_hard", "arena_hard", *sorted(sources.LEFT_OUT)]
+    many = [
+        row(id=str(i), source=chance.choice(names), group=str(chance.randrange(900)), dev=True)
+        for i in range(3000)
+    ]
+    parts = rows.split(many)
+    chosen, shown = sets.calibrating(parts, also.own_held_out(), 40), sets.shown(parts, 40)
+    seen = {r.group for some in chosen for r in some}
+    assert all(chosen)
+    assert all(shown)
+    assert not seen & {r.group for some in shown for r in some}
+    assert not {r.source for some in chosen for r in some} & sources.UNSEEN
+    own = [r for some in chosen for r in some if r.source.startswith("own_")]
+    assert own
+    assert all(r.dev for r in own)
+    assert not {r.id for r in own} & {r.id for r in also.own()}
+
+
+def test_both_groups_of_sources_left_out_have_every_kind() -> None:
+    """Five each, and none in both."""
+    assert len(sources.CALIBRATING) == len(sources.UNSEEN) == 5
+    assert not sources.CALIBRATING & sources.UNSEEN
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -81,6 +81,39 @@ def test_it_is_for_these_detectors_in_this_order_alone(
     assert combine.read(written(tmp_path), detectors) is None
 
 
+def test_each_choice_of_detectors_may_have_its_own(tmp_path: Path) -> None:
+    """A user who names some of the detectors gets what was learnt of these."""
+    written(tmp_path)
+    three = (*PAIR, Named("words", "cc"))
+    more = contents(
+        detectors={"toxicity": "aa", "context": "bb", "words": "cc"},
+        weights={column: [0.1, 0.2, 0.3, 0.4] for column in COLUMNS},
+    )
+    (tmp_path / "combination-all.json").write_text(json.dumps(more))
+    found = [combine.read(tmp_path, detectors) for detectors in (PAIR, three)]
+    assert [len(it.weights["violence"]) for it in found if it is not None] == [3, 4]
+    assert combine.read(tmp_path, three[1:]) is None
+
+
+def test_two_for_the_same_detectors_are_refused(tmp_path: Path) -> None:
+    """Which of them counts must not depend on their names."""
+    written(tmp_path)
+    (tmp_path / "combination-more.json").write_text(json.dumps(contents()))
+    with pytest.raises(CombinationError, match="two combinations of toxicity, context"):
+        combine.read(tmp_path, PAIR)
+
+
+def test_three_detectors_count_as_they_were_weighed(tmp_path: Path) -> None:
+    """0.1 * logit(0.8) + 0.2 * logit(0.5) + 0.3 * logit(0.2) + 0.4, by hand."""
+    names = {"toxicity": "aa", "context": "bb", "words": "cc"}
+    weights = {column: [0.1, 0.2, 0.3, 0.4] for column in COLUMNS}
+    folder = written(tmp_path, detectors=names, weights=weights)
+    found = combine.read(folder, [Named(*it) for it in names.items()])
+    assert found is not None
+    combined = found.combined(np.array([[[0.8] * 7], [[0.5] * 7], [[0.2] * 7]]))
+    assert combined[0, 0] == pytest.approx(1 / (1 + math.exp(0.2 * math.log(4) - 0.4)), abs=1e-6)
+
+
 def test_without_a_file_there_is_none(tmp_path: Path) -> None:
     """A folder of models need not have one."""
     assert combine.read(tmp_path, PAIR) is None

@@ -183,6 +183,6 @@ def test_stand_ins_leave_out_prompts_that_were_trained_on(monkeypatch: pytest.Mo
     named = [row(i, source="beavertails_even", group=str(i)) for i in range(4)]
     other = [row(9, source="liar")]
     monkeypatch.setattr(rows, "read", lambda _: [*named, *other])
-    parts = rows.Parts([row(0, group="2")], [], [], [])
+    parts = rows.Parts([row(0, group="2")], [], [], [], [])
     found = sets._stand_ins(Path(__file__).parent, parts, 40)
     assert sorted(r.group for r in found) == ["0", "1", "3"]

@@ -1,0 +1,164 @@
+"""How several detectors' scores become one: `python -m export.combined --models A B C --data DATA`.
+
+The model folders as they serve, in the order of the settings, to combination.json beside them (or
+to combination-NAME.json with --name, for a choice of some of them): weights, thresholds, and the
+figures of the whole. Everything is learnt on rows that trained no detector and are not reported
+(training.sets.calibrating).
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+
+from detectors.calibrate import Calibration
+from detectors.combine import FILE, log_odds
+from detectors.harms import COLUMNS
+from detectors.load import load_detectors
+from detectors.protocol import FloatArray
+from export import card, figures, manifest
+from training import scores, thresholds
+from training.measure import Labelled, Scored
+from training.rows import Row
+from training.scores import OfFolder
+
+PLAIN: Final = Calibration(np.ones(len(COLUMNS)), np.zeros(len(COLUMNS)))  # log-odds already
+_FEW: Final = 12  # rows of the rarer class; fewer teach no weights, and all count alike
+_RIDGE: Final = 1e-3  # of the squared weights, against the mean loss of a row
+_SAMPLE: Final = 40  # rows of a known source
+
+
+class Read(NamedTuple):
+    """Rows and what each detector says of their segments."""
+
+    rows: list[Row]
+    log_odds: list[FloatArray]  # a row: (S, D, 7)
+
+    def by(self, detector: int) -> Scored:
+        """The highest log-odds of one detector over each row's segments."""
+        return Scored(
+            self.rows, np.stack([said[:, detector].max(axis=0) for said in self.log_odds])
+        )
+
+    def together(self, weights: "Weights") -> Scored:
+        """The highest combined log-odds over each row's segments."""
+        return Scored(self.rows, np.stack([weights.of(said).max(axis=0) for said in self.log_odds]))
+
+
+class Weights(NamedTuple):
+    """Combined log-odds = sum over detectors of slope * log-odds, + intercept; by column."""
+
+    slopes: FloatArray  # (D, 7)
+    intercepts: FloatArray  # (7,)
+
+    def of(self, said: FloatArray) -> FloatArray:
+        """(S, 7) of (S, D, 7) log-odds."""
+        combined: FloatArray = (said * self.slopes).sum(axis=1) + self.intercepts
+        return combined
+
+    def by_column(self) -> dict[str, list[float]]:
+        """As combination.json has them."""
+        table = np.vstack([self.slopes, self.intercepts]).T  # (7, D + 1)
+        return {c: [round(float(w), 5) for w in row] for c, row in zip(COLUMNS, table, strict=True)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes combination.json, prints weights and figures."""
+    arguments = _arguments(argv)
+    folders: list[Path] = arguments.models
+    beside = folders[0].parent
+    held = figures.held(arguments.data, _SAMPLE)
+    read = {name: _read(some, folders, arguments) for name, some in held.items()}
+    weights = learn(read["calibrate"])
+    whole = {name: some.together(weights) for name, some in read.items()}
+    chosen = figures.choose(whole, PLAIN)
+    detectors = load_detectors([folder.name for folder in folders], beside)
+    contents = combination({it.name: it.digest for it in detectors}, weights, chosen)
+    contents["metrics"] = manifest.without_nan(figures.of(whole, PLAIN, chosen))
+    name = f"combination-{arguments.name}.json" if arguments.name else FILE
+    (beside / name).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(contents["weights"]))
+    print(card.tables(contents["metrics"], chosen))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m export.combined", description=__doc__)
+    parser.add_argument(
+        "--models", type=Path, nargs="+", required=True, metavar="FOLDER",
+        help="of the detectors, beside one another, in the order of the settings",
+    )  # fmt: skip
+    parser.add_argument("--name", help="where these are not the detectors that ship by default")
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="scores are kept in it")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    if len({folder.parent for folder in arguments.models}) > 1 or len(arguments.models) < 2:
+        parser.error("--models: two or more folders of one parent")
+    return arguments
+
+
+def _read(rows: Sequence[Row], folders: Sequence[Path], arguments: argparse.Namespace) -> Read:
+    """Every segment of every row through every detector, as it serves."""
+    by_detector = [
+        scores.scored(
+            OfFolder(folder, folder.name), rows, arguments.runs / "scores", arguments.threads
+        )
+        for folder in folders
+    ]
+    said = [log_odds(np.stack(of_row, axis=1)) for of_row in zip(*by_detector, strict=True)]
+    return Read(list(rows), said)
+
+
+def learn(some: Read) -> Weights:
+    """Weights by logistic regression a column, then a calibration of what comes out of them."""
+    scored = [some.by(detector) for detector in range(some.log_odds[0].shape[1])]
+    slopes = np.stack(
+        [_slopes([thresholds.evened(one, i) for one in scored]) for i in range(len(COLUMNS))],
+        axis=1,
+    )  # (D, 7)
+    outer = thresholds.calibrate(some.together(Weights(slopes, np.zeros(len(COLUMNS)))))
+    return Weights(slopes * outer.slopes, outer.intercepts)
+
+
+def _slopes(labelled: Sequence[Labelled]) -> FloatArray:
+    """(D,) non-negative: a higher score of one detector must not lower the whole.
+
+    labelled: the same rows, as each detector judges them.
+    """
+    targets, weights = labelled[0].targets, labelled[0].weights
+    even = np.full(len(labelled), 1 / len(labelled))
+    if min((targets > 0).sum(), (targets == 0).sum()) < _FEW:
+        return even
+    features = np.stack([one.logits for one in labelled], axis=1)  # (N, D)
+    shares = weights / weights.sum()
+
+    def loss(point: FloatArray) -> tuple[float, FloatArray]:
+        total = features @ point[:-1] + point[-1]  # (N,)
+        losses = np.logaddexp(0.0, total) - targets * total
+        gap = shares * (1.0 / (1.0 + np.exp(-total)) - targets)
+        slope = np.append(features.T @ gap + _RIDGE * point[:-1], gap.sum())
+        return float(shares @ losses + _RIDGE / 2 * (point[:-1] ** 2).sum()), slope
+
+    bounds = [(0.0, None)] * len(labelled) + [(None, None)]
+    found = minimize(loss, np.append(even, 0.0), jac=True, bounds=bounds, method="L-BFGS-B")
+    slopes: FloatArray = found.x[:-1]
+    return slopes if slopes.max() > 0 else even
+
+
+def combination(
+    digests: Mapping[str, str], weights: Weights, chosen: Mapping[str, float]
+) -> dict[str, Any]:
+    """combination.json. digests: name of each detector to its own, in the order of the weights."""
+    return {
+        "detectors": dict(digests),
+        "weights": weights.by_column(),
+        "thresholds": dict(chosen),
+    }
+
+
+if __name__ == "__main__":
+    main()
