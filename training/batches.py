@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,18 @@ Float32s = npt.NDArray[np.float32]
 _MOST_ROWS = 48  # of a batch of very short windows
 
 
+class Sized(Protocol):
+    """What a batch is made of."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        ...
+
+
+Item = TypeVar("Item", bound=Sized)
+
+
 class Example(NamedTuple):
     """A window with what is known of it, (7,) each. soft: a teacher's probabilities, or NaN."""
 
@@ -26,6 +38,11 @@ class Example(NamedTuple):
     targets: Float32s
     weights: Float32s
     soft: Float32s
+
+    @property
+    def length(self) -> int:
+        """Tokens of the window."""
+        return len(self.window.ids)
 
 
 def examples(
@@ -47,15 +64,15 @@ def examples(
     ]  # fmt: skip
 
 
-def batches(chosen: Sequence[Example], most_tokens: int, seed: str) -> Iterator[list[Example]]:
-    """Batches of like lengths in an order that `seed` decides."""
+def batches(chosen: Sequence[Item], most_tokens: int, seed: str) -> Iterator[list[Item]]:
+    """Batches of like lengths, padding counted, in an order that `seed` decides."""
     chance = random.Random(seed)
-    order = sorted(chosen, key=lambda e: len(e.window.ids) + chance.random() * 8)
-    cut: list[list[Example]] = [[]]
-    for example in order:  # sorted, so the newest is the longest
-        if (len(cut[-1]) + 1) * len(example.window.ids) > most_tokens:
+    cut: list[list[Item]] = [[]]
+    for item in sorted(chosen, key=lambda it: it.length + chance.random() * 8):
+        # Nearly sorted: the newest is the longest, or a few tokens short of it.
+        if (len(cut[-1]) + 1) * item.length > most_tokens:
             cut.append([])
-        cut[-1].append(example)
+        cut[-1].append(item)
     whole = [rows[i : i + _MOST_ROWS] for rows in cut for i in range(0, len(rows), _MOST_ROWS)]
     chance.shuffle(whole)
     yield from whole

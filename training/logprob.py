@@ -26,6 +26,7 @@ from transformers import LlamaForCausalLM
 from detectors.harms import COLUMNS, HARMFUL
 from detectors.prompts import PROMPTS, SHORT_LIMITS, body, prefix
 from training import also, causal_base
+from training.batches import batches
 from training.classifier import own_share
 from training.loop import Loop, Pace
 from training.metrics import auroc
@@ -35,20 +36,17 @@ from training.windows import Sample, capped, samples
 _HELD_OUT: Final = 240  # passages, half of them harmful
 _ANY_SHARE: Final = 0.6  # of the examples ask for any harm, the others for one
 _PROBED: Final = 67  # per cent of the layers lie before the probe
-_LONGEST: Final = 320  # tokens of prefix and text; few passages have more
+_LONGEST: Final = 640  # tokens of both rows; few passages have more
+# Log-odds a nat of margin. Fixed: one that is learnt shrinks while margins are noise, and what they
+# learn with it.
+_SLOPE: Final = 0.15
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train. Saved in the run folder."""
 
-    layers: tuple[int, ...] = (
-        *range(8),
-        26,
-        27,
-        28,
-        29,
-    )  # of 30: the least loss lost of ten choices
+    layers: tuple[int, ...] = (*range(8), *range(26, 30))  # of 30: of ten choices the least lost
     vocabulary: int = 16_384
     seed: int = 31
     examples: int = 16_000
@@ -67,22 +65,19 @@ class Example(NamedTuple):
     harmless: list[int]
     text: list[int]
     label: float
-    kind: str  # "reply" or another
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of the two rows."""
-        return max(len(self.harmful), len(self.harmless)) + len(self.text)
+        """Tokens of the two rows, both as long as the longer one."""
+        return 2 * (max(len(self.harmful), len(self.harmless)) + len(self.text))
 
 
-class Scale(nn.Module):
+class MarginClassifier(nn.Module):
     """The language model, what turns its margins into log-odds, and the probe."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__()
         self.model = model
-        # Fixed: one that is learnt shrinks while margins are noise, and what they learn with it.
-        self.register_buffer("slope", torch.tensor(0.15))
         self.intercept = nn.Parameter(torch.tensor(0.0))
         self.probe = nn.Linear(model.config.hidden_size, 2)  # is the text, is the prompt harmful?
 
@@ -107,25 +102,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     (run / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    scale, tokenizer = _start(settings)
+    classifier, tokenizer = _start(settings)
     if not (run / "model.pt").exists() or (run / "state.pt").exists():
-        train(run, split(read(given["data"] / "permissive")), scale, tokenizer, settings)
-    scale.load_state_dict(torch.load(run / "model.pt", weights_only=True))
-    scale.model.save_pretrained(run / "model")
+        train(run, split(read(given["data"] / "permissive")), classifier, tokenizer, settings)
+    classifier.load_state_dict(torch.load(run / "model.pt", weights_only=True))
+    classifier.model.save_pretrained(run / "model")
     tokenizer.save(str(run / "model" / "tokenizer.json"))
     print(f"trained; next: python -m export.causal --hf {run / 'model'} --start 0 --out FOLDER")
 
 
-def _start(settings: Settings) -> tuple[Scale, Tokenizer]:
+def _start(settings: Settings) -> tuple[MarginClassifier, Tokenizer]:
     model, tokenizer = causal_base.smaller(settings.layers, settings.vocabulary)
-    scale = Scale(model)
+    classifier = MarginClassifier(model)
     if settings.start_from:
         state = torch.load(settings.start_from, weights_only=True)
-        scale.load_state_dict(state | {"slope": scale.slope})
-    return scale, tokenizer
+        classifier.load_state_dict(state)
+    return classifier, tokenizer
 
 
-def train(run: Path, parts: Parts, scale: Scale, tokenizer: Tokenizer, settings: Settings) -> None:
+def train(
+    run: Path, parts: Parts, classifier: MarginClassifier, tokenizer: Tokenizer, settings: Settings
+) -> None:
     """Leaves the weights of the lowest held-out loss in model.pt."""
     chance = random.Random(settings.seed)
     rows = capped(parts.fit, chance) + own_share(also.own(), chance)
@@ -134,20 +131,21 @@ def train(run: Path, parts: Parts, scale: Scale, tokenizer: Tokenizer, settings:
     dev = [row for row in parts.calibrate if row.kind == "reply"]
     dev = chance.sample(dev, min(4 * _HELD_OUT, len(dev)))
     held_out = examples(samples(dev, chance), tokenizer, chance, _HELD_OUT)
-    steps = batches(chosen, settings.batch_tokens, chance)
+    steps = list(batches(chosen, settings.batch_tokens, str(settings.seed)))
+    looks_at = list(batches(held_out, settings.batch_tokens, "held out"))
     print(f"{len(chosen)} examples, {len(held_out)} held out, {len(steps)} steps", flush=True)
     Loop(
-        run, scale, _groups(scale, settings),
-        loss=lambda batch: loss(scale, batch, settings),
-        held_out=lambda: _held_out(scale, batches(held_out, settings.batch_tokens, chance)),
+        run, classifier, _groups(classifier, settings),
+        loss=lambda batch: loss(classifier, batch, settings),
+        held_out=lambda: _held_out(classifier, looks_at),
         steps=steps, pace=Pace(0.04, looks=16, patience=16),
     ).go()  # fmt: skip
 
 
-def _groups(scale: Scale, settings: Settings) -> list[dict[str, Any]]:
+def _groups(classifier: MarginClassifier, settings: Settings) -> list[dict[str, Any]]:
     return [
-        {"params": list(scale.model.parameters()), "lr": settings.learning_rate},
-        {"params": [scale.intercept, *scale.probe.parameters()], "lr": 5e-3},
+        {"params": list(classifier.model.parameters()), "lr": settings.learning_rate},
+        {"params": [classifier.intercept, *classifier.probe.parameters()], "lr": 5e-3},
     ]
 
 
@@ -191,21 +189,7 @@ def _example(sample: Sample, column: int, tokenizer: Tokenizer, chance: random.R
     ]
     start = [causal_base.START]
     label = float(sample.targets[column] >= 0.5)
-    return Example(start + ids[0], start + ids[1], ids[2], label, sample.source)
-
-
-def batches(
-    chosen: Sequence[Example], most_tokens: int, chance: random.Random
-) -> list[list[Example]]:
-    """Batches of like lengths, each within the tokens, in an order by chance."""
-    cut: list[list[Example]] = [[]]
-    for example in sorted(chosen, key=lambda it: it.length + chance.random() * 8):
-        longest = max([example.length, *(it.length for it in cut[-1])])
-        if cut[-1] and 2 * (len(cut[-1]) + 1) * longest > most_tokens:
-            cut.append([])
-        cut[-1].append(example)
-    chance.shuffle(cut)
-    return cut
+    return Example(start + ids[0], start + ids[1], ids[2], label)
 
 
 class Read(NamedTuple):
@@ -239,29 +223,29 @@ def read_by(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]]
     return Read(torch.zeros(len(rows)).index_add(0, of, said), middle.float(), of)
 
 
-def read_pairs(scale: Scale, batch: Sequence[Example]) -> Read:
+def read_pairs(classifier: MarginClassifier, batch: Sequence[Example]) -> Read:
     """Each passage behind its harmful prompt, then each behind its harmless one."""
     rows = [(it.harmful, it.text) for it in batch] + [(it.harmless, it.text) for it in batch]
-    return read_by(scale.model, rows)
+    return read_by(classifier.model, rows)
 
 
-def log_odds(scale: Scale, found: Read) -> Tensor:
+def log_odds(classifier: MarginClassifier, found: Read) -> Tensor:
     """(B,) of the label being harmful."""
     harmful, harmless = found.scores.chunk(2)
-    return scale.slope * (harmful - harmless) + scale.intercept
+    return _SLOPE * (harmful - harmless) + classifier.intercept
 
 
-def loss(scale: Scale, batch: Sequence[Example], settings: Settings) -> Tensor:
+def loss(classifier: MarginClassifier, batch: Sequence[Example], settings: Settings) -> Tensor:
     """Cross-entropy of the labels, and shares of the language model's (a token) and the probe's."""
-    found = read_pairs(scale, batch)
+    found = read_pairs(classifier, batch)
     labels = torch.tensor([it.label for it in batch])
-    told = _cross_entropy(log_odds(scale, found), labels)
+    told = _cross_entropy(log_odds(classifier, found), labels)
     tokens = torch.tensor([float(len(it.text)) for it in batch])
     right = torch.where(labels > 0.5, *found.scores.chunk(2))
     language = -(right / tokens).mean()
     asked = torch.tensor([1.0, 0.0]).repeat_interleave(len(batch))
     truth = torch.stack([labels.repeat(2), asked], dim=1)[found.of]  # (T, 2)
-    probed = _cross_entropy(scale.probe(found.middle), truth)
+    probed = _cross_entropy(classifier.probe(found.middle), truth)
     return told + settings.language_share * language + settings.probe_share * probed
 
 
@@ -269,20 +253,20 @@ def _cross_entropy(found: Tensor, truth: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(found, truth)
 
 
-def _held_out(scale: Scale, chosen: Sequence[Sequence[Example]]) -> float:
-    read = [read_pairs(scale, batch) for batch in chosen]
-    found = torch.cat([log_odds(scale, it) for it in read])
+def _held_out(classifier: MarginClassifier, chosen: Sequence[Sequence[Example]]) -> float:
+    read = [read_pairs(classifier, batch) for batch in chosen]
+    found = torch.cat([log_odds(classifier, it) for it in read])
     labels = torch.tensor([it.label for batch in chosen for it in batch])
-    probed = torch.cat([_of_text(scale, it) for it in read])
+    probed = torch.cat([_of_text(classifier, it) for it in read])
     figures = {"margin": _ranked(found, labels), "probe": _ranked(probed, labels)}
     print(f"held out, AUROC: {figures}", flush=True)
     return float(_cross_entropy(found, labels))
 
 
-def _of_text(scale: Scale, found: Read) -> Tensor:
+def _of_text(classifier: MarginClassifier, found: Read) -> Tensor:
     """(B,) the probe's mean verdict on each text."""
     count = len(found.scores)
-    said = scale.probe(found.middle)[:, 0]
+    said = classifier.probe(found.middle)[:, 0]
     sums = torch.zeros(count).index_add(0, found.of, said)
     return sum((sums / torch.bincount(found.of, minlength=count)).chunk(2), torch.zeros(count // 2))
 

@@ -4,15 +4,13 @@ import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 Batch = TypeVar("Batch")
-_LOOKS: Final = 8  # at the held-out loss, evenly over the run
-_PATIENCE: Final = 3  # looks without a better one end the run
 
 
 class Pace(NamedTuple):
@@ -20,8 +18,8 @@ class Pace(NamedTuple):
 
     warm_up: float = 0.06  # share of the steps; from there the rate falls evenly to 0
     save_every: int = 50  # steps
-    looks: int = _LOOKS
-    patience: int = _PATIENCE
+    looks: int = 8  # at the held-out loss, evenly over the run
+    patience: int = 3  # looks without a better one end the run
 
 
 class Loop(Generic[Batch]):
@@ -110,7 +108,7 @@ class Loop(Generic[Batch]):
 
     def _save(self) -> None:
         state = {
-            "judge": self._model.state_dict(),
+            "model": self._model.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "schedule": self._schedule.state_dict(),
             "step": self._step,
@@ -126,7 +124,7 @@ class Loop(Generic[Batch]):
 
     def _resume(self) -> None:
         state: dict[str, Any] = torch.load(self._folder / "state.pt", weights_only=True)
-        self._model.load_state_dict(state["judge"])
+        self._model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
         self._schedule.load_state_dict(state["schedule"])
         self._step, self._best, self._worse = state["step"], state["best"], state["worse"]

@@ -3,16 +3,16 @@
     python -m training.second --model FOLDER --data ../shared/data --out docs/evaluation
 
 Calibration, aggregation and the band are chosen on the rows that thresholds are chosen on, and
-reported on others. FOLDER gets second.json (detectors/second.py), --out logprob.md and logprob.png.
+reported on others. FOLDER gets second.json (detectors/second.py), --out logprob.md.
 """
 
 import argparse
 import random
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,29 +22,32 @@ from tqdm import tqdm
 from detectors import second
 from detectors.calibrate import sigmoid
 from detectors.causal import LocalHelper
-from detectors.harms import COLUMNS, HARMFUL, THRESHOLD_KEYS
+from detectors.combine import Combination
+from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS, HARMFUL, THRESHOLD_KEYS
 from detectors.load import load_combination, load_detector
 from detectors.logprob import (
     IDENTITY,
     Affine,
     Aggregation,
     accuracy,
+    aggregated,
     cross_entropy,
     log_mean_exp,
 )  # fmt: skip
 from detectors.logprob_calibration import batch, contextual, platt, temperature
 from detectors.prompts import PROMPTS, SHORT_LIMITS, ClassPrompts, body, prefix
-from detectors.protocol import FloatArray, Passage
+from detectors.protocol import Detector, FloatArray, Passage
 from training import tables
 from training.measure import SURE
-from training.metrics import Interval, auroc, calibration_error, interval
+from training.metrics import NOTHING, Interval, auroc, calibration_error, interval
 from training.rows import Row, read, split
 from training.scores import together
 from training.tables import Table
 from training.windows import Sample, one
 
+_ENCODERS: Final = ("toxicity", "context")  # as the worker's settings name them
 _AGGREGATIONS: Final[tuple[Aggregation, ...]] = ("sum", "token", "byte")
-_FIT: Final = 500  # passages that calibration is fitted on, as operators may have
+_FIT: Final = 500  # passages that calibration is fitted on at most, as operators may have
 _REPORT: Final = 600
 _UNSEEN: Final = 300
 _CONTENT_FREE: Final = ("N/A", "...", "[text]", "-")  # after Zhao et al. 2021
@@ -52,6 +55,9 @@ _LENGTHS: Final = (0, 80, 160, 240, 10**9)  # characters: buckets
 _WIDTHS: Final = (0.0, 0.05, 0.1, 0.2, 0.3)  # of a band, below and above the threshold
 _LEAST: Final = 60  # labelled passages inside a band, or it stays empty
 _NAMES: Final = ("chosen on", "reported", "sources left out")
+
+Mask = npt.NDArray[np.bool_]
+T = TypeVar("T")
 
 
 class Set(NamedTuple):
@@ -72,20 +78,29 @@ class Set(NamedTuple):
         return [sample.passage for sample in self.samples]
 
 
-class Sums(NamedTuple):
+class Tails(NamedTuple):
     """What a helper says of N passages behind K prompts."""
 
-    nats: FloatArray  # (N, K) sum of log-probs
-    tokens: FloatArray  # (N,)
-    bytes: FloatArray  # (N,)
+    logprobs: list[list[list[float]]]  # (N, K, tokens of the passage's own text), nats
+    bytes: list[int]  # (N,) of the texts in UTF-8
     harmful: int  # of the prompts, the first ones
     seconds: float  # of CPU, a passage
 
     def margins(self, aggregation: Aggregation) -> FloatArray:
         """(N,) as logprob.LogProb makes them."""
-        divisor = {"sum": np.ones_like(self.tokens), "token": self.tokens, "byte": self.bytes}
-        found = self.nats / divisor[aggregation][:, None]
-        return log_mean_exp(found[:, : self.harmful]) - log_mean_exp(found[:, self.harmful :])
+        if not self.logprobs:
+            return np.empty(0)
+        scores = np.array(
+            [
+                [aggregated(tail, aggregation, size) for tail in of_passage]
+                for of_passage, size in zip(self.logprobs, self.bytes, strict=True)
+            ]
+        )  # (N, K)
+        return log_mean_exp(scores[:, : self.harmful]) - log_mean_exp(scores[:, self.harmful :])
+
+    def only(self, chosen: Mask) -> "Tails":
+        """Of the passages for which `chosen`, (N,), holds."""
+        return self._replace(logprobs=_only(self.logprobs, chosen), bytes=_only(self.bytes, chosen))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.second", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="from `python -m export.causal`")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="the encoders")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="of the encoders")
+    parser.add_argument("--detectors", nargs="+", default=_ENCODERS, help="folders there")
     parser.add_argument("--out", type=Path, help="folder for logprob.md")
     given = parser.parse_args(argv)
     parts = split(read(given.data / "permissive"))
@@ -105,14 +121,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     heads = tuple(head for prompts in PROMPTS.values() for head in prompts.heads())
     helper = LocalHelper(given.model, heads)
-    found = [summed(helper, PROMPTS[HARMFUL], it.passages) for it in sets]
+    found = [tails(helper, PROMPTS[HARMFUL], it.passages) for it in sets]
     aggregation, aggregations = by_aggregation(sets, found)
     said = [
         aggregations,
         by_calibration(sets, found, aggregation, content_free(helper, aggregation)),
         by_length(sets, found),
     ]
-    plan, bands = banded(given.models, helper, sets, found, aggregation)
+    detectors = [load_detector(name, given.models) for name in given.detectors]
+    combination = load_combination(given.models, detectors)
+    plan, bands = banded(detectors, combination, helper, sets, found, aggregation)
     second.write(given.model / second.FILE, plan)
     said.append(bands)
     for table in said:
@@ -133,49 +151,48 @@ def held(rows: Sequence[Row], count: int, chance: random.Random) -> Set:
     return Set([one(row, chance) for row in chosen], [row.group for row in chosen])
 
 
-def summed(helper: LocalHelper, prompts: ClassPrompts, passages: Sequence[Passage]) -> Sums:
-    """Sums of the texts' own log-probs behind every prompt."""
-    ways = (*prompts.harmful, *prompts.harmless)
-    nats, tokens = np.empty((len(passages), len(ways))), np.empty(len(passages))
+def tails(helper: LocalHelper, prompts: ClassPrompts, passages: Sequence[Passage]) -> Tails:
+    """Log-probs of the texts' own tokens behind every prompt."""
+    found: list[list[list[float]]] = []
     start = time.process_time()
-    for row, passage in enumerate(tqdm(passages, desc="passages", mininterval=10)):
+    for passage in tqdm(passages, desc="passages", mininterval=10):
         own = body(passage.text)
-        prefixes = [prefix(way, passage, SHORT_LIMITS) for way in ways]
-        for column, (before, said) in enumerate(
-            zip(prefixes, helper([before + own for before in prefixes]), strict=True)
-        ):
-            text = said[helper.split(before, before + own) :]
-            nats[row, column], tokens[row] = sum(text), len(text)
+        before = [prefix(way, passage, SHORT_LIMITS) for way in prompts.ways]
+        said = helper([it + own for it in before])
+        cuts = [helper.split(it, it + own) for it in before]
+        found.append([row[cut:] for row, cut in zip(said, cuts, strict=True)])
     seconds = (time.process_time() - start) / max(len(passages), 1)
-    sizes = np.array([float(len(body(passage.text).encode())) for passage in passages])
-    return Sums(nats, tokens, sizes, len(prompts.harmful), seconds)
+    sizes = [len(body(passage.text).encode()) for passage in passages]
+    return Tails(found, sizes, len(prompts.harmful), seconds)
 
 
 def content_free(helper: LocalHelper, aggregation: Aggregation) -> Affine:
     """Contextual calibration: what the prompts make of texts that say nothing."""
     empty = [Passage(text, "", ()) for text in _CONTENT_FREE]
-    return contextual(list(summed(helper, PROMPTS[HARMFUL], empty).margins(aggregation)))
+    return contextual(list(tails(helper, PROMPTS[HARMFUL], empty).margins(aggregation)))
 
 
-def by_aggregation(sets: Sequence[Set], found: Sequence[Sums]) -> tuple[Aggregation, Table]:
+def by_aggregation(sets: Sequence[Set], found: Sequence[Tails]) -> tuple[Aggregation, Table]:
     """The aggregation of least cross-entropy where it is chosen, each Platt-scaled there."""
     rows: list[tuple[object, ...]] = []
     losses: dict[Aggregation, float] = {}
     for aggregation in _AGGREGATIONS:
         targets, _ = sets[0].labels(-1)
         line = platt_or_flat(found[0].margins(aggregation), targets)
-        for name, of, sums in zip(_NAMES, sets, found, strict=False):
-            figures = measured(of, line.apply(sums.margins(aggregation)))
+        for name, of, said in zip(_NAMES, sets, found, strict=True):
+            figures = measured(of, line.apply(said.margins(aggregation)))
             rows.append((aggregation, name, *figures))
             losses.setdefault(aggregation, figures[2])
     best = min(losses, key=losses.__getitem__)
     header = ("aggregation", "passages", "n", "accuracy", "cross-entropy", "AUROC", "ECE")
-    note = f"Replies, half of them harmful; Platt scaling from {_FIT}. Chosen: {best}."
+    note = (
+        f"Replies; Platt scaling from {len(sets[0].samples)}, half of them harmful. Chosen: {best}."
+    )
     return best, Table("Aggregation", header, rows, note, left=2)
 
 
 def by_calibration(
-    sets: Sequence[Set], found: Sequence[Sums], aggregation: Aggregation, without: Affine
+    sets: Sequence[Set], found: Sequence[Tails], aggregation: Aggregation, without: Affine
 ) -> Table:
     """Each calibration, fitted where things are chosen, measured on what is reported."""
     margins, (targets, _) = found[0].margins(aggregation), sets[0].labels(-1)
@@ -197,7 +214,7 @@ def by_calibration(
     return Table(f"Calibration ({aggregation})", header, list(rows), "On what is reported.")
 
 
-def by_length(sets: Sequence[Set], found: Sequence[Sums]) -> Table:
+def by_length(sets: Sequence[Set], found: Sequence[Tails]) -> Table:
     """What length does to the verdict: mean margin of harmless texts, in standard deviations."""
     rows: list[tuple[object, ...]] = []
     targets, _ = sets[1].labels(-1)
@@ -242,25 +259,16 @@ def _ranked(targets: FloatArray, margins: FloatArray, inside: FloatArray) -> flo
     return float(auroc(targets[inside], margins[inside]))
 
 
-class Choice(NamedTuple):
-    """A band of one harm, and what decisions inside gain, right ones less wrong ones a passage."""
-
-    band: second.Band
-    gained: float
-    asked: int
-
-
 def banded(
-    models: Path,
+    detectors: Sequence[Detector],
+    combination: Combination | None,
     helper: LocalHelper,
     sets: Sequence[Set],
-    harmful: Sequence[Sums],
+    harmful: Sequence[Tails],
     aggregation: Aggregation,
 ) -> tuple[second.Plan, Table]:
-    """The band of each harm: the most right decisions gained for each second spent, if any."""
-    detectors = [load_detector(name, models) for name in ("toxicity", "context")]
-    combination = load_combination(models, detectors)
-    thresholds = dict(combination.thresholds) if combination else {}
+    """The band of each harm: the most right decisions gained, with an interval above 0, if any."""
+    thresholds = {**DEFAULT_THRESHOLDS, **(combination or detectors[0]).thresholds}
     scores = [
         np.concatenate(together([[d.score(d.encode(it.passages))] for d in detectors], combination))
         for it in sets
@@ -270,16 +278,19 @@ def banded(
     rows: list[tuple[object, ...]] = []
     for column, name in enumerate(COLUMNS):
         threshold = thresholds[THRESHOLD_KEYS[column]]
-        near = [np.abs(it[:, column] - threshold) <= max(_WIDTHS) for it in scores]
-        asked = [_only(it.passages, of) for it, of in zip(sets, near, strict=True)]
-        sums = harmful if name == HARMFUL else [
-            summed(helper, PROMPTS[name], it) for it in asked
-        ]  # fmt: skip
-        looks = [
-            _look(it, column, score, of, sum_, aggregation, whole=name == HARMFUL)
-            for it, score, of, sum_ in zip(sets, scores, near, sums, strict=True)
-        ]
-        line, band, row = _choose(looks, threshold)
+        looks = []
+        for of, scored, known in zip(sets[:2], scores, harmful, strict=False):
+            targets, sure = of.labels(column)
+            near = (np.abs(scored[:, column] - threshold) <= max(_WIDTHS)) & sure
+            said = (
+                known.only(near) if name == HARMFUL
+                else tails(helper, PROMPTS[name], _only(of.passages, near))
+            )  # fmt: skip
+            looks.append(Look(
+                scored[near, column], said.margins(aggregation), targets[near],
+                _only(of.groups, near), said.seconds,
+            ))  # fmt: skip
+        line, band, row = choose(looks, threshold)
         rows.append((name, threshold, *row))
         if band is not None and line is not None:
             calibration[name] = line
@@ -289,91 +300,80 @@ def banded(
         SHORT_LIMITS,
     )  # fmt: skip
     header = (
-        "harm", "threshold", "labelled inside", "below", "above", "asked", "gain where chosen",
+        "harm", "threshold", "labelled near", "below", "above", "asked", "gain where chosen",
         "asked (reported)", "gain reported", "ms",
     )  # fmt: skip
     note = (
         "Gain: right decisions with the second look less those without, a passage asked, with its "
         "95 % interval. A band stays empty where the interval of the rows that it is chosen on "
-        "holds 0. ms: of CPU, a passage asked."
+        "holds 0; shown is then one of 0.1 each way. ms: of CPU, a passage asked."
     )
     return plan, Table("The band", header, rows, note)
 
 
-def _only(passages: Sequence[Passage], inside: npt.NDArray[np.bool_]) -> list[Passage]:
-    return [passage for passage, it in zip(passages, inside, strict=True) if it]
+def _only(some: Sequence[T], chosen: Mask) -> list[T]:
+    return [it for it, wanted in zip(some, chosen, strict=True) if wanted]
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """Passages near a threshold whose label is known: (M,) each."""
 
-    scores: FloatArray
-    margins: FloatArray
-    targets: FloatArray
+    scores: FloatArray  # the encoders'
+    margins: FloatArray  # of the second look
+    targets: FloatArray  # 0 or 1
     groups: list[str]
-    seconds: float
+    seconds: float  # of CPU, a passage
 
 
-def _look(
-    of: Set, column: int, scores: FloatArray, near: npt.NDArray[np.bool_], sums: Sums,
-    aggregation: Aggregation, *, whole: bool,
-) -> _Look:  # fmt: skip
-    targets, known = of.labels(column)
-    chosen = near & known
-    margins = sums.margins(aggregation)
-    among = margins[chosen] if whole else margins[known[near]]
-    groups = [group for group, inside in zip(of.groups, chosen, strict=True) if inside]
-    return _Look(scores[chosen, column], among, targets[chosen], groups, sums.seconds)
-
-
-def _choose(
-    looks: Sequence[_Look], threshold: float
+def choose(
+    looks: Sequence[Look], threshold: float
 ) -> tuple[Affine | None, second.Band | None, tuple[object, ...]]:
-    """Calibration and band from the first look, figures of the second."""
+    """Calibration and band from the first look, or neither; figures of both looks."""
     first, report = looks[0], looks[1]
-    nothing = float("nan")
-    empty = (len(first.targets), 0.0, 0.0, 0, nothing, 0, nothing, first.seconds * 1e3)
+    cost = first.seconds * 1e3
     if len(first.targets) < _LEAST or len(set(first.targets)) < 2:
-        return None, None, empty
+        nothing = float("nan")
+        return None, None, (len(first.targets), 0.0, 0.0, 0, nothing, 0, nothing, cost)
     line = platt_or_flat(first.margins, first.targets)
-    best: tuple[float, second.Band] | None = None
-    for below in _WIDTHS:
-        for above in _WIDTHS:
-            found, asked = _gain(first, line, threshold, below, above)
-            # Right decisions gained, and no wider than they pay: of equal gains the fewest asked.
-            if asked >= _LEAST and found.low > 0:
-                total = found.value * asked - 1e-6 * asked
-                if best is None or total > best[0]:
-                    best = total, second.Band(below, above)
-    if best is None:
-        found, asked = _gain(first, line, threshold, 0.1, 0.1)
-        return None, None, (*empty[:3], asked, found, *empty[5:])
-    band = best[1]
-    chosen, asked = _gain(first, line, threshold, band.below, band.above)
-    told, reported = _gain(report, line, threshold, band.below, band.above)
-    return line, band, (
-        len(first.targets), band.below, band.above, asked, chosen, reported, told,
-        first.seconds * 1e3,
+    best = _best(first, line, threshold)
+    shown = best or second.Band(0.1, 0.1)
+    found = [_gain(look, line, threshold, shown) for look in (first, report)]
+    row = (
+        len(first.targets), *((best.below, best.above) if best else (0.0, 0.0)),
+        found[0][1], found[0][0], found[1][1], found[1][0], cost,
     )  # fmt: skip
+    return (line, best, row) if best else (None, None, row)
 
 
-def _gain(
-    look: _Look, line: Affine, threshold: float, below: float, above: float
-) -> tuple[Interval, int]:
-    """Mean of right with less right without inside the band, and how many are inside."""
-    inside = (look.scores >= threshold - below) & (look.scores <= threshold + above)
-    targets = look.targets[inside] == 1
-    without = (look.scores[inside] >= threshold) == targets
-    chances = sigmoid(line.apply(look.margins[inside]))
-    with_it = (chances >= threshold) == targets
+def _best(look: Look, line: Affine, threshold: float) -> second.Band | None:
+    """The band that gains most right decisions; of equal ones the one that asks least."""
+    best: tuple[float, second.Band] | None = None
+    for below, above in product(_WIDTHS, _WIDTHS):
+        band = second.Band(below, above)
+        gain, asked = _gain(look, line, threshold, band)
+        if asked < _LEAST or not gain.low > 0:
+            continue
+        total = gain.value * asked - 1e-6 * asked
+        if best is None or total > best[0]:
+            best = total, band
+    return best[1] if best else None
+
+
+def _gain(look: Look, line: Affine, threshold: float, band: second.Band) -> tuple[Interval, int]:
+    """Mean of right with the look less right without it, inside the band; how many are inside."""
+    inside = (look.scores >= threshold - band.below) & (look.scores <= threshold + band.above)
+    if not inside.any():
+        return NOTHING, 0
+    harmful = look.targets[inside] == 1
+    without = (look.scores[inside] > threshold) == harmful
+    with_it = (sigmoid(line.apply(look.margins[inside])) > threshold) == harmful
     gain = with_it.astype(float) - without.astype(float)
-    groups = [group for group, it in zip(look.groups, inside, strict=True) if it]
 
     def mean(weights: FloatArray) -> FloatArray:
         found: FloatArray = (weights * gain).sum(axis=-1) / weights.sum(axis=-1)
         return found
 
-    return interval(mean, groups), int(inside.sum())
+    return interval(mean, _only(look.groups, inside)), int(inside.sum())
 
 
 if __name__ == "__main__":

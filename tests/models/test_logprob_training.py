@@ -84,35 +84,42 @@ def test_learning_tells_two_kinds_of_text_apart() -> None:
     """Margins of a tiny model follow the label after a few dozen steps."""
     import torch
 
-    from training.logprob import Example, Scale, Settings, log_odds, loss, read_pairs
+    from training.logprob import (
+        Example,
+        MarginClassifier,
+        Settings,
+        log_odds,
+        loss,
+        read_pairs,
+    )
 
     torch.manual_seed(1)
     chance = random.Random(2)
-    scale = Scale(small())
+    classifier = MarginClassifier(small())
 
     def batch() -> list[Example]:
         made = []
         for number in range(16):
             kind = number % 2
             text = [chance.randrange(10 + 40 * kind, 40 + 40 * kind) for _ in range(8)]
-            made.append(Example([0, 1, 2], [0, 3, 2], text, float(kind), "reply"))
+            made.append(Example([0, 1, 2], [0, 3, 2], text, float(kind)))
         return made
 
-    optimiser = torch.optim.AdamW(scale.parameters(), lr=5e-3)
+    optimiser = torch.optim.AdamW(classifier.parameters(), lr=5e-3)
     for _ in range(60):
         optimiser.zero_grad()
-        torch.autograd.backward(loss(scale, batch(), Settings()))
+        torch.autograd.backward(loss(classifier, batch(), Settings()))
         optimiser.step()
     asked = batch()
     with torch.no_grad():
-        odds = log_odds(scale, read_pairs(scale, asked))
+        odds = log_odds(classifier, read_pairs(classifier, asked))
     assert [odd > 0 for odd in odds.tolist()] == [it.label > 0.5 for it in asked]
 
 
 def test_a_band_is_where_the_second_look_is_better() -> None:
     """Encoders that guess near the threshold, a second look that knows: a band, and its gain. One
     that guesses too: none."""
-    from training.second import _choose, _Look
+    from training.second import Look, choose
 
     draw = np.random.default_rng(3)
     looks = {}
@@ -122,8 +129,8 @@ def test_a_band_is_where_the_second_look_is_better() -> None:
             targets = (draw.random(400) < 0.5).astype(float)
             margins = sharp * (targets - 0.5) + draw.normal(size=400)
             groups = [str(i) for i in range(400)]
-            both.append(_Look(0.5 + 0.09 * draw.random(400), margins, targets, groups, 0.1))
-        looks[name] = _choose(both, 0.5)
+            both.append(Look(0.5 + 0.09 * draw.random(400), margins, targets, groups, 0.1))
+        looks[name] = choose(both, 0.5)
     line, band, row = looks["knows"]
     assert isinstance(line, Affine)
     assert band is not None
