@@ -157,6 +157,8 @@ async def test_leaving_early_ends_the_stream_for_the_worker(bed: Bed) -> None:
                 await closed.wait()
             await tail.has_finals(1, timeout_s=30)
             await until(lambda: gate.open_streams == 0, 30, "the gate forgets the stream")
+        assert closed.is_set()
+        assert tail.finals == 1  # and no other came for it
 
 
 async def test_without_a_worker(bed: Bed) -> None:
