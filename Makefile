@@ -57,6 +57,10 @@ train: .venv-train/.done ## detectors from data to models/: make train DATA=fold
 	$(TRAIN) --rows 25000 --no-own --out runs/first
 	$(TRAIN) --rows 9000 --seed 23 --learning-rate 8e-5 --start-from runs/first/model.pt --teacher runs/teacher --out runs/student
 	.venv-train/bin/python -m export --checkpoint runs/student --data $(DATA) --out models
+	.venv-train/bin/python -m training.words --data $(DATA) --out runs/words
+	.venv-train/bin/python -m export.words --run runs/words --data $(DATA) --out models/words
+	.venv-train/bin/python -m export.combined --models models/toxicity models/context --name encoders --data $(DATA)
+	.venv-train/bin/python -m export.combined --models models/toxicity models/context models/words --data $(DATA)
 
 train-logprob: .venv-train/.done ## the language model of the second look, and its band: make train-logprob DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make train-logprob DATA=folder"; exit 2; }

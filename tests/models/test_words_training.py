@@ -49,7 +49,7 @@ def test_it_learns_what_the_words_tell_and_the_graph_says_the_same(tmp_path: Pat
         assert found.shape == (1, len(COLUMNS))
         assert np.abs(found[0] - logits).max() < 0.01
     assert expected[:4, -1].min() > expected[4:, -1].max()
-    none = {"buckets": np.empty(0, np.int64), "counts": np.empty(0, np.float32)}
+    none: dict[str, Any] = {"buckets": np.empty(0, np.int64), "counts": np.empty(0, np.float32)}
     assert graph.run(["logits"], none)[0][0] == pytest.approx(model.bias)
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from detectors.constant import Constant
 from detectors.harms import THRESHOLD_KEYS
-from detectors.protocol import Encoded, FloatArray, Passage
+from detectors.protocol import Encoded, FloatArray, Passage, Window
 from tests.lanes import delta
 from worker.events import Decision
-from worker.pipeline import Pipeline
+from worker.pipeline import Pipeline, Work
 from worker.settings import Settings, TenantPolicy
 
 TEXT = "A harmless sentence that is long enough to be judged by a model."
@@ -307,3 +307,46 @@ async def test_segments_of_a_blocked_stream_are_not_scored_any_more() -> None:
     )
     assert [it.verdict for it in decisions] == ["block"]
     assert sum(detector.batches) < 10
+
+
+class Tokenless(Constant):
+    """Reads much, and none of it goes through an encoder."""
+
+    name = "words"
+
+    def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+        window = Window(np.zeros(5_000, np.int64), np.zeros(5_000, np.int64))
+        return [Encoded((window, window), tokens=0, text_tokens=0) for _ in passages]
+
+
+async def test_what_costs_no_tokens_neither_fills_a_batch_nor_is_counted() -> None:
+    """An encoder's batches and its share of tokens are the same with and without it beside."""
+    count = 12
+    values = [delta(f"s{i}", 0, TEXT, True) for i in range(count)]
+    sizes, counted = [], []
+    for others in ([], [Tokenless()]):
+        scripted = Scripted(fine)
+        chosen = Settings(infer_threads=1, batch_deadline_ms=20.0, max_batch_tokens=200)
+        async with Pipeline(chosen, [*others, scripted]) as pipeline:
+            await asyncio.sleep(0.01)
+            lane = pipeline.lane("in", 0)
+            works = [lane.feed(i, 0, None, value, 0.0, 0) for i, value in enumerate(values)]
+            pipeline.submit(lane, [work for some in works for work in some])
+            while lane.open_streams or pipeline.waiting:
+                await asyncio.sleep(0.005)
+            counted.append((pipeline.tokens_in, pipeline.tokens_of_text))
+        sizes.append(max(scripted.batches))
+    assert counted[0] == counted[1]
+    assert counted[0][1] > 0
+    assert sizes[0] == sizes[1] > 1
+
+
+def test_what_costs_no_tokens_is_batched_by_its_size_where_it_is_alone() -> None:
+    """A batch of everything that waits would hold all of it for the last."""
+    passage = Passage(TEXT, "", ())
+    (free,), (encoded,) = Tokenless().encode([passage]), Constant().encode([passage])
+    work = Work(None, None)  # type: ignore[arg-type]  # neither is looked at
+    work.read_as((free,), 0.0)
+    assert (work.rows, work.longest) == (2, 5_000)
+    work.read_as((free, encoded), 0.0)
+    assert (work.rows, work.longest) == (1, encoded.tokens)
