@@ -75,7 +75,6 @@ def write(model: Model, path: Path) -> None:
     constants = {
         "table": table,
         "bias": model.bias.astype(np.float32)[None],  # (1, 7)
-        "one": np.float32(1.0),
         "shortest": np.float32(_SHORTEST),
         "widths": np.array([1, len(COLUMNS)], np.int64),
         "first": np.array([0], np.int64),
@@ -85,9 +84,7 @@ def write(model: Model, path: Path) -> None:
         helper.make_node("Gather", ["table", "buckets"], ["half"]),  # (F, 8)
         helper.make_node("Cast", ["half"], ["rows"], to=TensorProto.FLOAT),
         helper.make_node("Split", ["rows", "widths"], ["idf", "weights"], axis=1),
-        helper.make_node("Log", ["counts"], ["logs"]),
-        helper.make_node("Add", ["logs", "one"], ["damped"]),
-        helper.make_node("Unsqueeze", ["damped", "last"], ["column"]),  # (F, 1)
+        helper.make_node("Unsqueeze", ["counts", "last"], ["column"]),  # (F, 1)
         helper.make_node("Mul", ["column", "idf"], ["values"]),
         helper.make_node("Mul", ["values", "values"], ["squares"]),
         helper.make_node("ReduceSum", ["squares", "first"], ["square"]),  # (1, 1)
@@ -161,7 +158,7 @@ def _error(model: Model, out: Path, bits: int, some: Sequence[Row]) -> float:
     errors = []
     for row in some[:: max(1, len(some) // 200)]:
         window = Window(*grams.buckets(row.text, bits))
-        values = (1 + np.log(window.type_ids)) * model.idf[window.ids]
+        values = window.type_ids * model.idf[window.ids]
         length = max(float(np.sqrt((values * values).sum())), _SHORTEST)
         expected = values @ model.weights[window.ids] / length + model.bias
         feeds = {INPUTS[0]: window.ids, INPUTS[1]: window.type_ids.astype(np.float32)}

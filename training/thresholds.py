@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
 from detectors.calibrate import Calibration, calibrated, sigmoid
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from training import sources
-from training.measure import SURE, Labelled, Scored, blocked
+from training.measure import SURE, Labelled, Scored
 
 FALSE_BLOCKS: Final = 0.004  # share of long harmless replies that may be blocked at any segment
 LOOK_ALIKES_BLOCKED: Final = 0.08  # share of harmless texts that look harmful
@@ -76,41 +75,58 @@ def choose(
     scored: Scored, calibration: Calibration, passing: Sequence[Passing]
 ) -> dict[str, float]:
     """Thresholds by THRESHOLD_KEYS: of each column the best F1 among those that keep the least
-    precision; then all raised together, as little as lets enough of each `passing` pass."""
-    found = [_best(evened(scored, i), calibration, i) for i in range(len(COLUMNS))]
+    precision; then raised, where that costs least F1, until enough of each `passing` pass."""
+    columns = [_column(scored, calibration, i) for i in range(len(COLUMNS))]
+    found = [_best(column) for column in columns]
     for harmless in passing:
         if len(harmless.scored.rows):
-            found = _raised(found, harmless, calibration)
-    return dict(zip(THRESHOLD_KEYS, found, strict=True))
+            found = _raised(found, harmless, calibration, columns)
+    return dict(zip(THRESHOLD_KEYS, (round(limit, 3) for limit in found), strict=True))
 
 
-def _raised(limits: list[float], harmless: Passing, calibration: Calibration) -> list[float]:
+def _column(scored: Scored, calibration: Calibration, column: int) -> Labelled:
+    """The labelled rows of a column, with probabilities for logits."""
+    labelled = evened(scored, column)
+    slope, intercept = calibration.slopes[column], calibration.intercepts[column]
+    return labelled._replace(logits=sigmoid(slope * labelled.logits + intercept))
+
+
+def _raised(
+    limits: list[float], harmless: Passing, calibration: Calibration, columns: Sequence[Labelled]
+) -> list[float]:
+    """The thresholds, raised step by step: of all columns that still block one of the rows, the
+    next step is that of the column which loses least F1 by letting its lowest such row pass."""
+    found = list(limits)
     benign = calibrated(harmless.scored.logits, calibration)  # (N, 7)
-    for quantile in np.linspace(0.0, 1.0, 1001):
-        floors = np.quantile(benign, quantile, axis=0)
-        raised = np.clip(np.maximum(limits, floors), _LOWEST, _HIGHEST).round(3)
-        found: list[float] = raised.tolist()
-        thresholds = dict(zip(THRESHOLD_KEYS, found, strict=True))
-        if blocked(harmless.scored, calibration, thresholds).mean() <= harmless.most:
-            return found
+    while (above := benign > np.array(found)).any(axis=1).mean() > harmless.most:
+        steps = []
+        for i in np.flatnonzero(above.any(axis=0)):
+            # A thousandth up, since that is how thresholds are written.
+            limit = float(np.ceil(benign[above[:, i], i].min() * 1_000) / 1_000)
+            lost = _f(columns[i], found[i]) - _f(columns[i], limit)
+            steps.append((lost, limit, i))
+        _, limit, i = min(steps)
+        found[i] = limit
     return found
 
 
-def _best(labelled: Labelled, calibration: Calibration, column: int) -> float:
+def _best(column: Labelled) -> float:
     """The threshold of the best F score on its own; the highest where none is precise enough."""
-    slope, intercept = calibration.slopes[column], calibration.intercepts[column]
-    probabilities = sigmoid(slope * labelled.logits + intercept)
     grid = np.linspace(_LOWEST, _HIGHEST, 70)
-    scores = [_f(labelled, probabilities > threshold) for threshold in grid]
+    scores = [_f(column, limit) if _precise(column, limit) else 0.0 for limit in grid]
     return float(grid[int(np.argmax(scores))]) if max(scores) > 0 else _HIGHEST
 
 
-def _f(labelled: Labelled, above: npt.NDArray[np.bool_]) -> float:
-    """F score of what is above, by weight; 0 where its precision is too low."""
-    beta = _PRECISION_COUNTS**2
-    hit = float((labelled.weights * labelled.targets)[above].sum())
-    flagged = float(labelled.weights[above].sum())
-    if hit < LEAST_PRECISION * flagged:
-        return 0.0
-    positives = float((labelled.weights * labelled.targets).sum())
-    return (1 + beta) * hit / max(1.0, beta * positives + flagged)
+def _precise(column: Labelled, limit: float) -> bool:
+    above = column.logits > limit
+    hit = (column.weights * column.targets)[above].sum()
+    return bool(hit >= LEAST_PRECISION * column.weights[above].sum())
+
+
+def _f(column: Labelled, limit: float) -> float:
+    """F score of the rows above a threshold, by weight."""
+    beta, above = _PRECISION_COUNTS**2, column.logits > limit
+    hit = float((column.weights * column.targets)[above].sum())
+    positives = float((column.weights * column.targets).sum())
+    flagged = float(column.weights[above].sum())
+    return (1 + beta) * hit / max(1e-9, beta * positives + flagged)

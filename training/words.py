@@ -1,9 +1,8 @@
 """Trains the words detector: `python -m training.words --data ../shared/data --out runs/words`.
 
 TF-IDF over hashed words and stretches of characters (detectors/grams.py), and a logistic regression
-a column, all seven at once by L-BFGS (Liu and Nocedal 1989). It learns from whole texts and from
-passages as the worker cuts them, of the same rows as the encoders; the same seed gives the same
-weights. Leaves weights.npz, settings.json and train.log's loss on the terminal.
+a column, all seven at once by L-BFGS (Liu and Nocedal 1989). It learns from passages as the worker
+cuts them, of the sources that the encoders learn from; the same seed gives the same weights.
 """
 
 import argparse
@@ -37,12 +36,13 @@ class Settings:
 
     seed: int = 17
     bits: int = 18  # of a bucket's number
-    caps: float = 1.0  # rows of a source, times its cap for the encoders
+    caps: float = 2.0  # rows of a source, times its cap for the encoders
     least_rows: int = 3  # that a bucket occurs in; a rarer one has no weight
-    loudness: float = 4.0  # of the rows against the penalty of the squared weights
-    evenness: float = 0.0  # 0: every row counts alike; 1: every source
-    iterations: int = 60
+    loudness: float = 2.0  # of the rows against the penalty of the squared weights
+    evenness: float = 0.5  # 0: every row counts alike; 1: every source
+    iterations: int = 80
     own: bool = True  # the texts of training/texts too
+    also: tuple[str, ...] = ()  # the user's own rows, reviewers' labels
 
 
 class Text(NamedTuple):
@@ -74,10 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.words", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], metavar="FILE",
+        help="your rows, or review items and labels from Kafka, as JSON Lines",
+    )  # fmt: skip
     given = parser.parse_args(argv)
-    settings = Settings()
+    settings = Settings(also=tuple(map(str, given.also)))
     parts = split(read(given.data / "permissive"))
-    chosen = list(texts(parts.fit, also.own() if settings.own else [], settings))
+    more = [*(also.own() if settings.own else []), *also.read_files(given.also)]
+    chosen = texts(parts.fit, more, settings)
     print(f"{len(chosen)} texts", flush=True)
     model = train(chosen, settings)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -94,10 +99,10 @@ def load(run: Path) -> Model:
         return Model(found["idf"], found["weights"], found["bias"])
 
 
-def texts(fit: Iterable[Row], own: Sequence[Row], settings: Settings) -> list[Text]:
-    """Passages as the worker cuts them, of rows that may be trained on."""
+def texts(fit: Iterable[Row], more: Sequence[Row], settings: Settings) -> list[Text]:
+    """Passages as the worker cuts them, of rows that may be trained on, and of `more`."""
     chance = random.Random(settings.seed)
-    rows = [*_capped(fit, settings.caps, chance), *own]
+    rows = [*_capped(fit, settings.caps, chance), *more]
     found = (
         Text(s.passage.before + s.passage.text, s.targets, s.weights, s.source)
         for s in samples(rows, chance)
@@ -143,9 +148,9 @@ def inverse_frequencies(counts: Any, least: int) -> _Floats:
 
 
 def weighed(counts: Any, idf: _Floats) -> Any:
-    """(N, B) sparse: (1 + log count) * idf, each row of length 1, as the graph makes them."""
+    """(N, B) sparse: count * idf, each row of length 1, as the graph makes them."""
     found = counts.copy()
-    found.data = (1 + np.log(found.data)) * idf[found.indices]
+    found.data = found.data * idf[found.indices]
     lengths = np.sqrt(np.asarray(found.multiply(found).sum(axis=1)).ravel())
     found.data /= np.repeat(np.maximum(lengths, 1e-6), np.diff(found.indptr)).astype(np.float32)
     return found

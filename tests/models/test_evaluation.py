@@ -75,7 +75,9 @@ def _record(one: Row) -> bytes:
     return json.dumps(fields).encode()
 
 
-@pytest.mark.parametrize("names", [("toxicity",), ("toxicity", "context")])
+@pytest.mark.parametrize(
+    "names", [("toxicity",), ("toxicity", "context"), ("toxicity", "context", "words")]
+)
 def test_scores_and_verdicts_are_those_of_moderate(names: tuple[str, ...]) -> None:
     """Models, what they make together, keywords, short texts, nothing judged behind a block."""
     some = rows()
