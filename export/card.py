@@ -98,8 +98,9 @@ def _harms(
     ]
     rows.append(("harmful, replies", thresholds["other"], *_row(metrics[f"{part}_replies"])))
     share = metrics[f"{part}_harmless_replies_blocked"]
+    shown = "no such replies" if share is None else f"{share:.2%}"
     note = (
-        f"Long harmless replies blocked at any segment: {share:.2%} "
+        f"Long harmless replies blocked at any segment: {shown} "
         f"of {metrics[f'{part}_harmless_replies']}."
     )
     header = ("column", "threshold", "pos", "neg", *_COLUMNS)

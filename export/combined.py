@@ -22,7 +22,7 @@ from detectors.load import load_detectors
 from detectors.protocol import FloatArray
 from export import card, figures, manifest
 from training import scores, thresholds
-from training.measure import Labelled, Scored
+from training.measure import Labelled, Scored, stacked
 from training.rows import Row
 from training.scores import OfFolder
 
@@ -40,13 +40,11 @@ class Read(NamedTuple):
 
     def by(self, detector: int) -> Scored:
         """The highest log-odds of one detector over each row's segments."""
-        return Scored(
-            self.rows, np.stack([said[:, detector].max(axis=0) for said in self.log_odds])
-        )
+        return Scored(self.rows, stacked([s[:, detector].max(axis=0) for s in self.log_odds]))
 
     def together(self, weights: "Weights") -> Scored:
         """The highest combined log-odds over each row's segments."""
-        return Scored(self.rows, np.stack([weights.of(said).max(axis=0) for said in self.log_odds]))
+        return Scored(self.rows, stacked([weights.of(s).max(axis=0) for s in self.log_odds]))
 
 
 class Weights(NamedTuple):

@@ -14,7 +14,7 @@ from detectors.protocol import FloatArray, Passage
 from detectors.session import View
 from detectors.tokens import PairTokens
 from export.parity import LogitsOf
-from training.measure import Scored
+from training.measure import Scored, stacked
 from training.rows import Row
 from training.windows import judged
 
@@ -29,7 +29,7 @@ class Read(NamedTuple):
 
     def by(self, view: int) -> Scored:
         """The highest logits of one view over each row's segments."""
-        return Scored(self.rows, np.stack([of_row[:, view].max(axis=0) for of_row in self.logits]))
+        return Scored(self.rows, stacked([one[:, view].max(axis=0) for one in self.logits]))
 
 
 def read(rows: Sequence[Row], tokens: PairTokens, logits_of: LogitsOf, threads: int) -> Read:

@@ -24,7 +24,7 @@ from export import card, figures, manifest
 from export.combined import PLAIN
 from export.to_onnx import OPSET, mark
 from training import rows, sources, thresholds, words
-from training.measure import Scored
+from training.measure import Scored, stacked
 from training.rows import Row
 from training.windows import judged
 from training.words import Model
@@ -149,7 +149,7 @@ def _provenance(data: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _scored(detector: Words, some: Sequence[Row]) -> Scored:
     """The highest log-odds over each row's segments."""
     highest = [log_odds(detector.score(detector.encode(judged(row)))).max(axis=0) for row in some]
-    return Scored(list(some), np.stack(highest))
+    return Scored(list(some), stacked(highest))
 
 
 def _error(model: Model, out: Path, bits: int, some: Sequence[Row]) -> float:

@@ -44,6 +44,11 @@ class Scored(NamedTuple):
         return Scored([row for row in self.rows if chosen(row)], self.logits[mask])
 
 
+def stacked(highest: Sequence[FloatArray]) -> FloatArray:
+    """(N, 7) of N rows of (7,), of none too."""
+    return np.stack(highest) if highest else np.empty((0, len(COLUMNS)))
+
+
 class Figures(NamedTuple):
     """How one column does on one part. NaN where a class is missing."""
 
