@@ -65,6 +65,7 @@ def test_order_of_words_is_a_feature() -> None:
         ("You SHIT", "you shit"),
         ("you sh1t", "you shit"),
         ("k1ll him!", "kill him!"),
+        ("100 b1tches", "100 bitches"),  # a number beside it stays one
         ("ｋｉｌｌ", "kill"),
         ("кill", "kill"),  # the first letter is Cyrillic
         ("ki\u200bll", "kill"),

@@ -117,6 +117,15 @@ def test_every_character_of_a_segment_lies_in_a_window(words: Words, length: int
         assert read - known
 
 
+def test_long_ago_is_not_judged_again(words: Words) -> None:
+    """A long text before loses its front, and adds no windows of its own."""
+    since = HARMLESS * 20
+    found = words.encode([Passage(HARMLESS, THREAT * 9 + since, ()), Passage(HARMLESS, since, ())])
+    assert len(found[0].windows) == len(found[1].windows) == 1
+    scored = words.score(found)
+    assert np.array_equal(scored[0], scored[1])
+
+
 def test_it_costs_no_tokens(words: Words) -> None:
     """Nothing goes through an encoder, so batches and the counted tokens leave it out."""
     (found,) = words.encode([Passage(HARMLESS, "", ())])
