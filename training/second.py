@@ -50,6 +50,7 @@ _AGGREGATIONS: Final[tuple[Aggregation, ...]] = ("sum", "token", "byte")
 _FIT: Final = 500  # passages that calibration is fitted on at most, as operators may have
 _REPORT: Final = 600
 _UNSEEN: Final = 300
+_UNTUNED: Final = 200  # passages of each set that the base is asked about
 _CONTENT_FREE: Final = ("N/A", "...", "[text]", "-")  # after Zhao et al. 2021
 _LENGTHS: Final = (0, 80, 160, 240, 10**9)  # characters: buckets
 _WIDTHS: Final = (0.0, 0.05, 0.1, 0.2, 0.3)  # of a band, below and above the threshold
@@ -76,6 +77,11 @@ class Set(NamedTuple):
     def passages(self) -> list[Passage]:
         """In order."""
         return [sample.passage for sample in self.samples]
+
+    def some(self, count: int) -> "Set":
+        """Every so many of them, `count` or one more: as many harmful as before."""
+        step = max(1, len(self.samples) // count)
+        return Set(self.samples[::step], self.groups[::step])
 
 
 class Tails(NamedTuple):
@@ -110,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
     parser.add_argument("--models", type=Path, default=Path("models"), help="of the encoders")
     parser.add_argument("--detectors", nargs="+", default=_ENCODERS, help="folders there")
+    parser.add_argument("--untuned", type=Path, help="the base as it comes, exported, to compare")
     parser.add_argument("--out", type=Path, help="folder for logprob.md")
     given = parser.parse_args(argv)
     parts = split(read(given.data / "permissive"))
@@ -125,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     aggregation, aggregations = by_aggregation(sets, found)
     said = [
         aggregations,
+        *([zero_shot(LocalHelper(given.untuned, heads), sets)] if given.untuned else []),
         by_calibration(sets, found, aggregation, content_free(helper, aggregation)),
         by_length(sets, found),
     ]
@@ -189,6 +197,14 @@ def by_aggregation(sets: Sequence[Set], found: Sequence[Tails]) -> tuple[Aggrega
         f"Replies; Platt scaling from {len(sets[0].samples)}, half of them harmful. Chosen: {best}."
     )
     return best, Table("Aggregation", header, rows, note, left=2)
+
+
+def zero_shot(base: LocalHelper, sets: Sequence[Set]) -> Table:
+    """The same of the language model before any training, on some of the passages."""
+    some = [it.some(_UNTUNED) for it in sets]
+    found = [tails(base, PROMPTS[HARMFUL], it.passages) for it in some]
+    table = by_aggregation(some, found)[1]
+    return table._replace(title="Zero-shot: the base as it comes")
 
 
 def by_calibration(

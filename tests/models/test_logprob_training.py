@@ -157,6 +157,8 @@ def test_held_passages_are_replies_with_sure_labels() -> None:
     targets, known = found.labels(-1)
     assert (len(found.samples), float(targets.sum()), bool(known.all())) == (12, 6.0, True)
     assert set(found.groups).isdisjoint({"g100", "g101"})
+    fewer = found.some(6)
+    assert (len(fewer.samples), float(fewer.labels(-1)[0].sum())) == (6, 3.0)
     assert all(isinstance(it, Passage) and it.text for it in found.passages)
 
 
