@@ -112,7 +112,8 @@ def _read(rows: Sequence[Row], folders: Sequence[Path], arguments: argparse.Name
 
 
 def learn(some: Read) -> Weights:
-    """Weights by logistic regression a column, then a calibration of what comes out of them."""
+    """Weights by logistic regression a column, known and unknown sources counting alike; then a
+    calibration of what comes out of them, on known sources."""
     scored = [some.by(detector) for detector in range(some.log_odds[0].shape[1])]
     slopes = np.stack(
         [_slopes([thresholds.evened(one, i) for one in scored]) for i in range(len(COLUMNS))],
