@@ -93,3 +93,16 @@ def test_thresholds_rise_until_enough_harmless_rows_pass() -> None:
     for one in passing:
         assert blocked(one.scored, PLAIN, found).mean() <= one.most
     assert blocked(some, PLAIN, found).mean() == 0.5  # and no further
+
+
+def test_the_column_that_loses_least_is_raised() -> None:
+    """One of two harmless rows may be blocked: the one that stands in the way of no harm passes."""
+    from training import thresholds
+
+    some = scored([1] * 50 + [0] * 50, [2.0] * 50 + [-4.0] * 50)
+    some.logits[:50, 0] = 5.0  # violence is far above all else, hate_speech is not
+    harmless = scored([0, 0], [-4.0, -4.0])
+    harmless.logits[0, 0], harmless.logits[1, 1] = 3.0, 3.0
+    found = thresholds.choose(some, PLAIN, [thresholds.Passing(harmless, 0.5)])
+    assert found["violence"] > sigmoid(np.array(3.0))
+    assert found["hate_speech"] < sigmoid(np.array(2.0))

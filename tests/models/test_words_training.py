@@ -72,6 +72,7 @@ def test_both_classes_weigh_alike_in_each_column() -> None:
     positives = labels.weights[labels.targets[:, -1] > 0, -1].sum()
     assert positives == pytest.approx(labels.weights[:, -1].sum() / 2, rel=1e-5)
     assert labels.weights[:, :6].max() == 0.0
+    assert words.balanced(some, evenness=0.0).weights[:, -1].sum() == pytest.approx(len(some))
 
 
 def test_a_source_is_capped() -> None:
