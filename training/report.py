@@ -19,7 +19,7 @@ from training.tables import Table
 
 PARTS: Final = {
     "report": "held-out prompts of sources that were trained on",
-    "unseen": "sources left out whole",
+    "unseen": "sources left out whole, of calibration and thresholds too",
 }
 _RANKED: Final = ("AUPRC", "AUROC", "F1", "precision", "recall", "false blocks", "ECE")
 _OWN: Final = (*_RANKED[:5], "false alarms", "ECE")
@@ -123,7 +123,8 @@ def false_blocks(systems: Sequence[System], chosen: Sets) -> Table:
     }
     rows: list[tuple[Any, ...]] = []
     for view, some in views.items():
-        rows.append((view,))
+        if some:
+            rows.append((view,))
         for system in systems:
             judged = system.judged(some)
             if len(judged.rows) == len(some) > 0:

@@ -148,6 +148,15 @@ def test_a_system_without_a_row_is_not_shown_where_it_would_flatter() -> None:
     assert "toxicity int8" not in {cells[0] for cells in table.rows[:4]}
 
 
+def test_texts_that_are_not_there_have_no_heading() -> None:
+    """As long harmless replies of sources left out, where all of those calibrate."""
+    systems, some = everything(["toxicity int8", SERVED])
+    headings = [cells[0] for cells in report.false_blocks(systems, some).rows if len(cells) == 1]
+    fewer = some._replace(long_harmless=[])
+    left = [cells[0] for cells in report.false_blocks(systems, fewer).rows if len(cells) == 1]
+    assert len(headings) == len(left) + 2
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

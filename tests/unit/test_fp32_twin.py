@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from detectors.harms import THRESHOLD_KEYS
+from detectors.protocol import Passage
 from detectors.session import Folder
-from training.scores import fp32_twin, precision
+from training.scores import OfFolder, fp32_twin, precision, run_of
 from worker.settings import HERE
 
 
@@ -68,3 +70,14 @@ def test_a_folder_s_own_fp32_graph_comes_first(folder: Path, tmp_path: Path) -> 
     twin = fp32_twin(folder, tmp_path / "runs")
     assert twin is not None
     assert Folder(twin).read("model.onnx") == b"own"
+
+
+def test_what_is_no_encoder_is_compared_as_it_is(tmp_path: Path) -> None:
+    """One graph, no precision to its name, no twin and no run that it was quantised in."""
+    folder = HERE / "models" / "words"
+    words = OfFolder(folder, "words")
+    assert (words.name, words.kind, len(words.digest)) == ("words", "words", 64)
+    assert set(words.thresholds) == set(THRESHOLD_KEYS)
+    assert words.score([Passage("some text", "", ())]).shape == (1, 7)
+    assert fp32_twin(folder, tmp_path) is None
+    assert run_of(folder, tmp_path) is None
