@@ -123,7 +123,7 @@ def _start(settings: Settings) -> tuple[MarginClassifier, Tokenizer]:
 def train(
     run: Path, parts: Parts, classifier: MarginClassifier, tokenizer: Tokenizer, settings: Settings
 ) -> None:
-    """Leaves the weights of the lowest held-out loss in model.pt."""
+    """Leaves the weights that rank what is held out best in model.pt."""
     chance = random.Random(settings.seed)
     rows = capped(parts.fit, chance) + own_share(also.own(), chance)
     chosen = examples(samples(rows, chance), tokenizer, chance, settings.examples)
@@ -254,13 +254,16 @@ def _cross_entropy(found: Tensor, truth: Tensor) -> Tensor:
 
 
 def _held_out(classifier: MarginClassifier, chosen: Sequence[Sequence[Example]]) -> float:
+    """Share of pairs that are ranked wrong. Not the loss: a slope is found after training anyway,
+    and margins that have grown too large cost more than they should."""
     read = [read_pairs(classifier, batch) for batch in chosen]
     found = torch.cat([log_odds(classifier, it) for it in read])
     labels = torch.tensor([it.label for batch in chosen for it in batch])
     probed = torch.cat([_of_text(classifier, it) for it in read])
-    figures = {"margin": _ranked(found, labels), "probe": _ranked(probed, labels)}
-    print(f"held out, AUROC: {figures}", flush=True)
-    return float(_cross_entropy(found, labels))
+    loss = round(float(_cross_entropy(found, labels)), 4)
+    figures = {"AUROC": _ranked(found, labels), "loss": loss, "probe": _ranked(probed, labels)}
+    print(f"held out: {figures}", flush=True)
+    return 1 - figures["AUROC"]
 
 
 def _of_text(classifier: MarginClassifier, found: Read) -> Tensor:
