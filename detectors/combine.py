@@ -80,8 +80,9 @@ def read(folder: Path, detectors: Sequence[Named]) -> Combination | None:
     for detector in detectors:
         if found[0].detectors[detector.name] != detector.digest:
             raise CombinationError(
-                f"{FILE} was learnt with another {detector.name}: "
-                "export both again, or remove the file to let the highest score count"
+                f"the combination of {', '.join(names)} was learnt with another {detector.name}: "
+                "learn it again with `python -m export.combined`, or remove its file to let the "
+                "highest score count"
             )
     return found[0]
 
