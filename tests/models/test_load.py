@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from detectors.constant import Constant
-from detectors.load import LoadError, load_detectors
+from detectors.harms import THRESHOLD_KEYS
+from detectors.load import LoadError, load_combination, load_detectors
 from detectors.protocol import Passage
+from worker.settings import Settings
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -46,6 +48,16 @@ def test_a_spec_that_leads_nowhere_says_what_to_do(spec: str, message: str) -> N
     with pytest.raises(LoadError, match=message) as raised:
         load_detectors([spec], MODELS)
     assert spec in str(raised.value)
+
+
+@pytest.mark.parametrize("names", [Settings().detectors, ("toxicity", "context")])
+def test_what_ships_is_weighed_as_it_was_learnt(names: tuple[str, ...]) -> None:
+    """All detectors by default, and the encoders alone for who names these: nobody falls back to
+    the highest score because there are three now."""
+    found = load_combination(MODELS, load_detectors(names, MODELS))
+    assert found is not None
+    assert tuple(found.detectors) == names
+    assert set(found.thresholds) == set(THRESHOLD_KEYS)
 
 
 def test_no_spec_at_all_is_refused() -> None:
