@@ -45,7 +45,7 @@ from training.scores import together
 from training.tables import Table
 from training.windows import Sample, one
 
-_ENCODERS: Final = ("toxicity", "context")  # as the worker's settings name them
+_ENCODERS: Final = ("toxicity", "context", "words")  # as the worker's settings name them
 _AGGREGATIONS: Final[tuple[Aggregation, ...]] = ("sum", "token", "byte")
 _FIT: Final = 500  # passages that calibration is fitted on at most, as operators may have
 _REPORT: Final = 600
