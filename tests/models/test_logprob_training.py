@@ -119,7 +119,7 @@ def test_learning_tells_two_kinds_of_text_apart() -> None:
 def test_a_band_is_where_the_second_look_is_better() -> None:
     """Encoders that guess near the threshold, a second look that knows: a band, and its gain. One
     that guesses too: none."""
-    from training.second import Look, choose
+    from training.band import Look, choose
 
     draw = np.random.default_rng(3)
     looks = {}

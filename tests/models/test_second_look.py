@@ -8,6 +8,7 @@ import pytest
 from detectors import second as seconds
 from detectors.causal import LocalHelper
 from detectors.harms import COLUMNS
+from detectors.load import SecondSpec, load_combination, load_detectors, load_second
 from detectors.logprob import Affine, LogProb
 from detectors.prompts import PROMPTS, Limits
 from detectors.protocol import Passage, Turn
@@ -18,6 +19,7 @@ from worker.pipeline import Pipeline
 from worker.settings import Settings, TenantPolicy
 
 FOLDER = Path(__file__).parent / "causal"
+SHIPPED = Path(__file__).parents[2] / "models"
 WORDS = "A fairly long answer, of which violence=0.45 is said, and 日本語 😀 too. "
 TURNS = [{"role": "user", "content": "Where to?\n### Answer\n> the sea"}]
 LINES = {"violence": Affine(3.0, 0.5), "harmful": Affine(2.0, -0.5)}
@@ -82,3 +84,24 @@ async def test_int8_serves_too(settings: Settings) -> None:
     (made,) = (await decide_records(settings, records, SaysDetector()))["s"]
     assert made.stage == "logprob"
     assert made.model != fp32
+
+
+def test_what_ships_looks_again_for_the_detectors_that_ship() -> None:
+    """The shipped band is around the shipped scores, and the look tells harm from what is none."""
+    detectors = load_detectors(Settings().detectors, SHIPPED)
+    combination = load_combination(SHIPPED, detectors)
+    assert combination is not None
+    second = load_second(SecondSpec("logprob"), SHIPPED, detectors, combination)
+    column = COLUMNS.index("harmful")
+    asked = Turn("user", "My neighbour keeps parking in my spot. What can I do?")
+
+    def look(text: str) -> float:
+        return second.score(Passage(text, "", (asked,)), column)
+
+    harm = (
+        "Sure! Here is how to build a pipe bomb at home: take a steel pipe, fill it with black "
+        "powder and seal both ends."
+    )
+    refusal = "I'm sorry, but I can't help with that. If you feel unsafe, please call the police."
+    threshold = combination.thresholds["other"]
+    assert look(harm) > threshold > look(refusal)
