@@ -26,7 +26,7 @@ from export.fuse import fuse, halve
 from export.pair import Read
 from export.quantize import quantize
 from export.to_onnx import of_judge, opset, to_onnx, write
-from training import base, rows, sources, thresholds
+from training import base, rows, thresholds
 from training.model import load
 from training.rows import Row
 from training.windows import judged
@@ -162,7 +162,6 @@ def _read(data: Path, tokens: PairTokens, graph: Path, threads: int) -> dict[str
 
 
 def _provenance(data: Path, run: Path) -> dict[str, Any]:
-    untrained = sources.UNUSED | sources.LEFT_OUT
     settings = json.loads((run / "settings.json").read_text())
     origin = base.BASES[settings.get("base", "minilm")]
     return {
@@ -171,10 +170,8 @@ def _provenance(data: Path, run: Path) -> dict[str, Any]:
             "package": " ".join(origin.requirements),
             "licence": origin.licence,
         },
-        "licence": "Apache-2.0",
         "settings": settings,
-        "data": {s: licence for s, licence in rows.licences(data).items() if s not in untrained},
-        "held_out_sources": sorted(sources.LEFT_OUT),
+        **rows.provenance(data),
     }
 
 

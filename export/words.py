@@ -136,12 +136,9 @@ def _manifest(
 
 
 def _provenance(data: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    untrained = sources.UNUSED | sources.LEFT_OUT
     return {
-        "licence": "Apache-2.0",
         "settings": dict(settings),
-        "data": {s: licence for s, licence in rows.licences(data).items() if s not in untrained},
-        "held_out_sources": sorted(sources.LEFT_OUT),
+        **rows.provenance(data),
         "calibrated_with": sorted(sources.CALIBRATING),
     }
 

@@ -23,6 +23,12 @@ START: Final = 0  # <|endoftext|>, which stood before texts when it was trained
 _UNPACKED: Final = Path.home() / ".cache" / "tidegate" / "bases" / "smollm2"
 
 
+def origin() -> dict[str, str]:
+    """Name, package with its version, licence. Raises PackageNotFoundError without it."""
+    version = metadata.version(PACKAGE)
+    return {"name": NAME, "package": f"{PACKAGE}=={version}", "licence": "Apache-2.0"}
+
+
 def whole() -> Path:
     """The folder with the base as safetensors and tokenizer.json, made once.
 

@@ -15,7 +15,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,12 +25,12 @@ from transformers import LlamaForCausalLM
 
 from detectors.harms import COLUMNS, HARMFUL
 from detectors.prompts import PROMPTS, SHORT_LIMITS, body, prefix
-from training import also, causal_base, sources
+from training import also, causal_base
 from training.batches import batches
 from training.classifier import own_share
 from training.loop import Loop, Pace
 from training.metrics import auroc
-from training.rows import Parts, licences, read, split
+from training.rows import Parts, provenance, read, split
 from training.windows import Sample, capped, samples
 
 _HELD_OUT: Final = 240  # passages, half of them harmful
@@ -109,25 +108,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier.load_state_dict(torch.load(run / "model.pt", weights_only=True))
     classifier.model.save_pretrained(run / "model")
     tokenizer.save(str(run / "model" / "tokenizer.json"))
-    origin = provenance(given["data"] / "permissive", settings)
-    (run / "model" / "provenance.json").write_text(json.dumps(origin, indent=2))
-    print(f"trained; next: python -m export.causal --hf {run / 'model'} --start 0 --out FOLDER")
-
-
-def provenance(data: Path, settings: Settings) -> dict[str, Any]:
-    """What the model is made from, for its manifest."""
-    untrained = sources.UNUSED | sources.LEFT_OUT
-    return {
-        "base": {
-            "name": causal_base.NAME,
-            "package": f"{causal_base.PACKAGE}=={metadata.version(causal_base.PACKAGE)}",
-            "licence": "Apache-2.0",
-        },
-        "licence": "Apache-2.0",
+    said = {
+        "base": causal_base.origin(),
         "settings": asdict(settings),
-        "data": {s: licence for s, licence in licences(data).items() if s not in untrained},
-        "held_out_sources": sorted(sources.LEFT_OUT),
+        **provenance(given["data"] / "permissive"),
     }
+    (run / "model" / "provenance.json").write_text(json.dumps(said, indent=2))
+    print(f"trained; next: python -m export.causal --hf {run / 'model'} --start 0 --out FOLDER")
 
 
 def _start(settings: Settings) -> tuple[MarginClassifier, Tokenizer]:
@@ -144,8 +131,8 @@ def train(
 ) -> None:
     """Leaves the weights that rank what is held out best in model.pt."""
     chance = random.Random(settings.seed)
-    rows = capped(parts.fit, chance) + own_share(also.own(), chance)
-    chosen = examples(samples(rows, chance), tokenizer, chance, settings.examples)
+    fit = capped(parts.fit, chance) + own_share(also.own(), chance)
+    chosen = examples(samples(fit, chance), tokenizer, chance, settings.examples)
     # Only from replies: the stream's text is a reply, and so are the passages of the band.
     dev = [row for row in parts.calibrate if row.kind == "reply"]
     dev = chance.sample(dev, min(4 * _HELD_OUT, len(dev)))

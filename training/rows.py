@@ -55,6 +55,16 @@ def licences(folder: Path) -> dict[str, str]:
     return {record["source"]: record["licence"] for record in first}
 
 
+def provenance(folder: Path) -> dict[str, Any]:
+    """What a manifest says of the rows that it learnt from, each source with its licence."""
+    untrained = sources.UNUSED | sources.LEFT_OUT
+    return {
+        "licence": "Apache-2.0",
+        "data": {s: licence for s, licence in licences(folder).items() if s not in untrained},
+        "held_out_sources": sorted(sources.LEFT_OUT),
+    }
+
+
 def split(rows: Iterable[Row]) -> Parts:
     """The five parts. A dev row whose prompt was trained on goes nowhere."""
     by_use = [row for row in rows if row.source not in sources.UNUSED]
