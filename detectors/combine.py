@@ -2,15 +2,20 @@
 
 p = sigmoid(sum over detectors of weight * log-odds + intercept), by column; weights are learnt on
 dev data (export/combined.py) and kept beside the models, with the digests of those they are for.
+
+Detectors cost unlike much. Where the cheap ones that come first find a segment clearly harmless,
+their own combination counts, and the others need not be asked (`First`). Which way a segment goes
+depends on nothing but itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from detectors.calibrate import sigmoid
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
@@ -40,19 +45,60 @@ class Named(Protocol):
         ...
 
 
+BoolArray = npt.NDArray[np.bool_]
+
+
+class First(msgspec.Struct, frozen=True):
+    """What the first detectors settle by themselves."""
+
+    detectors: int  # how many of them
+    weights: dict[str, tuple[float, ...]]  # as Combination's, of these alone
+    below: dict[str, float]  # column -> settled where every column's probability is below
+
+
 class Combination(msgspec.Struct, frozen=True):
     """combination.json."""
 
     detectors: dict[str, str]  # name -> digest, in the order of the weights
     weights: dict[str, tuple[float, ...]]  # column -> one weight a detector, then the intercept
     thresholds: dict[str, float]  # by THRESHOLD_KEYS
+    first: First | None = None  # None: all are always asked
     digest: str = ""  # of the file
 
+    @property
+    def asked_first(self) -> int:
+        """How many detectors every segment goes through."""
+        return self.first.detectors if self.first else len(self.detectors)
+
+    def settled(self, scores: FloatArray) -> BoolArray:
+        """(B,) whether the first detectors suffice. scores: (asked_first or more, B, 7)."""
+        if self.first is None:
+            return np.zeros(scores.shape[1], dtype=bool)
+        below = np.array([self.first.below[column] for column in COLUMNS])
+        early = self._early(self.first, scores)
+        return np.asarray((early < below).all(axis=1))  # NaN is below nothing
+
     def combined(self, scores: FloatArray) -> FloatArray:
-        """(B, 7) probabilities of (D, B, 7) probabilities; NaN where any of them is."""
-        table = np.array([self.weights[column] for column in COLUMNS])  # (7, D + 1)
-        total = np.einsum("dbc,cd->bc", log_odds(scores), table[:, :-1]) + table[:, -1]  # (B, 7)
-        return sigmoid(total).round(_DECIMALS)
+        """(B, 7) probabilities of (D, B, 7) probabilities; NaN where any that counts is.
+
+        Of a segment that is `settled` only the first detectors' count.
+        """
+        whole = _mixed(scores, self.weights)
+        if self.first is None:
+            return whole
+        early = self._early(self.first, scores)
+        return np.where(self.settled(scores)[:, None], early, whole)
+
+    @staticmethod
+    def _early(first: First, scores: FloatArray) -> FloatArray:
+        return _mixed(scores[: first.detectors], first.weights)
+
+
+def _mixed(scores: FloatArray, weights: Mapping[str, Sequence[float]]) -> FloatArray:
+    """(B, 7) of (D, B, 7)."""
+    table = np.array([weights[column] for column in COLUMNS])  # (7, D + 1)
+    total = np.einsum("dbc,cd->bc", log_odds(scores), table[:, :-1]) + table[:, -1]  # (B, 7)
+    return sigmoid(total).round(_DECIMALS)
 
 
 def log_odds(scores: FloatArray) -> FloatArray:
@@ -97,16 +143,33 @@ def _decoded(path: Path) -> Combination:
 
 
 def _check(found: Combination) -> None:
-    if set(found.weights) != set(COLUMNS):
-        raise CombinationError(f"{FILE}: weights: need {', '.join(COLUMNS)}")
-    for column, row in found.weights.items():
-        if len(row) != len(found.detectors) + 1:
-            raise CombinationError(f"{FILE}: weights: {column}: one a detector, and the intercept")
-        if not np.isfinite(row).all() or min(row[:-1]) < 0 or max(row[:-1]) <= 0:
-            raise CombinationError(f"{FILE}: weights: {column}: a higher score must count for more")
+    _check_weights(found.weights, len(found.detectors), "weights")
+    if found.first is not None:
+        _check_first(found.first, len(found.detectors))
     for harm, threshold in found.thresholds.items():
         if harm not in THRESHOLD_KEYS or not 0.0 <= threshold <= 1.0:
             raise CombinationError(f"{FILE}: thresholds: {harm}: unknown, or outside 0..1")
+
+
+def _check_weights(weights: Mapping[str, Sequence[float]], detectors: int, field: str) -> None:
+    if set(weights) != set(COLUMNS):
+        raise CombinationError(f"{FILE}: {field}: need {', '.join(COLUMNS)}")
+    for column, row in weights.items():
+        if len(row) != detectors + 1:
+            raise CombinationError(f"{FILE}: {field}: {column}: one a detector, and the intercept")
+        if not np.isfinite(row).all() or min(row[:-1]) < 0 or max(row[:-1]) <= 0:
+            raise CombinationError(f"{FILE}: {field}: {column}: a higher score must count for more")
+
+
+def _check_first(first: First, detectors: int) -> None:
+    if not 0 < first.detectors < detectors:
+        raise CombinationError(f"{FILE}: first.detectors: some of the {detectors}, and not all")
+    _check_weights(first.weights, first.detectors, "first.weights")
+    if set(first.below) != set(COLUMNS):
+        raise CombinationError(f"{FILE}: first.below: need {', '.join(COLUMNS)}")
+    for column, below in first.below.items():
+        if not 0.0 <= below <= 1.0:
+            raise CombinationError(f"{FILE}: first.below: {column}: a probability, 0 to 1")
 
 
 def highest(scores: FloatArray) -> FloatArray:

@@ -11,7 +11,7 @@ from detectors.protocol import Encoded, FloatArray, Passage
 from detectors.session import Folder, Manifest, Precision, Provider, Session
 from detectors.tokens import Lengths, PairTokens
 
-_DECIMALS = 6  # of a score: what a decision shows is what was compared
+DECIMALS = 6  # of a score: what a decision shows is what was compared
 
 
 class Toxicity:
@@ -62,7 +62,7 @@ class Toxicity:
             logits = self._labels.log_odds(logits)  # (W, 7)
         starts = np.cumsum([0, *(len(encoded.windows) for encoded in batch[:-1])])
         highest = np.maximum.reduceat(calibrated(logits, self._calibration), starts)  # (B, 7)
-        return highest.round(_DECIMALS)
+        return highest.round(DECIMALS)
 
 
 def _calibration(manifest: Manifest) -> Calibration:

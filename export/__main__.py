@@ -1,8 +1,9 @@
-"""Makes both detectors of a run: `python -m export --checkpoint RUN --out models --data DATA`.
+"""Makes detectors of a run: `python -m export --checkpoint RUN --out models --data DATA`.
 
-The steps are those of the package: graph, int8, parity; then calibration, thresholds and figures
-from the int8 graph, because that is the one that serves; then the manifest. `export.words` makes
-the third detector, and `export.combined` one score of all.
+Both, toxicity and context, or with --views one of them, where they come from two runs. The steps
+are those of the package: graph, int8, parity; then calibration, thresholds and figures from the
+int8 graph, because that is the one that serves; then the manifest. `export.words` makes the third
+detector, and `export.combined` one score of all.
 
 Somebody else's classifier, a folder in Hugging Face's layout: `python -m export --hf FOLDER
 --labels MAP.toml --out models/NAME`; see export/foreign.py and export/label_map.py.
@@ -18,15 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from detectors.calibrate import Calibration, calibrated
 from detectors.protocol import Window
 from detectors.tokens import PairTokens
+from detectors.toxicity import DECIMALS
 from export import card, figures, foreign, manifest, pair, parity
 from export.errors import ExportError
 from export.fuse import fuse, halve
 from export.pair import Read
 from export.quantize import quantize
 from export.to_onnx import of_judge, opset, to_onnx, write
-from training import base, rows, thresholds
+from training import base, rows, scores, thresholds
 from training.model import load
 from training.rows import Row
 from training.windows import judged
@@ -34,6 +37,7 @@ from training.windows import judged
 _A_SOURCE: Final = 40  # rows of a known source, at most
 _PARITY_ROWS: Final = 200
 _SEED: Final = 1
+_KEPT: Final = Path("runs/scores")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens = PairTokens((run / manifest.TOKENIZER).read_bytes())
     windows = _windows(parts.report, tokens)
     parity_figures = _graphs(run, work, windows)
-    read = _read(arguments.data, tokens, work / manifest.MODEL, arguments.threads)
-    for name in pair.VIEWS:
+    read = _read(arguments, tokens, work / manifest.MODEL)
+    for name in arguments.views:
         _detector(name, read, arguments, parity_figures, tokens, windows)
 
 
@@ -64,7 +68,7 @@ def _detector(
     shutil.copyfile(run / "onnx" / manifest.MODEL, out / manifest.MODEL)
     shutil.copyfile(run / manifest.TOKENIZER, out / manifest.TOKENIZER)
     metrics = parity_figures | (_for_cuda(run, out, windows) if arguments.cuda else {})
-    view = list(pair.VIEWS).index(name)
+    view = arguments.views.index(name)
     scored = {part: some.by(view) for part, some in read.items()}
     calibration = thresholds.calibrate(scored["calibrate"])
     chosen = figures.choose(scored, calibration)
@@ -76,7 +80,16 @@ def _detector(
         view=pair.VIEWS[name],
     )  # fmt: skip
     manifest.write(out, manifest.contents(out, made))
+    _keep(out, view, list(read.values()), calibration)
     print(f"\n## {name}\n\n{card.tables(manifest.without_nan(metrics), chosen)}")
+
+
+def _keep(folder: Path, view: int, read: Sequence[Read], calibration: Calibration) -> None:
+    """What is known now need not be asked again: by export.combined, and by the evaluation."""
+    rows_read = [row for some in read for row in some.rows]
+    logits = [of_row[:, view] for some in read for of_row in some.logits]
+    found = [calibrated(of_row, calibration).round(DECIMALS) for of_row in logits]
+    scores.keep(scores.OfFolder(folder, folder.name), rows_read, found, _KEPT)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,6 +102,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, required=True, help="folder of models; with --hf, the model's own"
     )
     parser.add_argument("--data", type=Path, help="folder that holds permissive/")
+    parser.add_argument(
+        "--views",
+        nargs="+",
+        choices=list(pair.VIEWS),
+        default=list(pair.VIEWS),
+        help="with --checkpoint: the detectors that are made of it",
+    )
     parser.add_argument(
         "--serve", choices=("int8", "fp32"), default="int8", help="with --hf: on CPU"
     )
@@ -151,13 +171,13 @@ def _windows(some: list[Row], tokens: PairTokens) -> list[Window]:
     return [tokens.encode(judged(row)[-1]).windows[0] for row in chosen]
 
 
-def _read(data: Path, tokens: PairTokens, graph: Path, threads: int) -> dict[str, Read]:
+def _read(arguments: argparse.Namespace, tokens: PairTokens, graph: Path) -> dict[str, Read]:
     """The rows that were not trained on, and of them the harmless texts that must pass."""
     logits_of = parity.of_graph(graph)
     found = {}
-    for name, chosen in figures.held(data, _A_SOURCE).items():
+    for name, chosen in figures.held(arguments.data, _A_SOURCE).items():
         print(f"{name}: {len(chosen)} rows", flush=True)
-        found[name] = pair.read(chosen, tokens, logits_of, threads)
+        found[name] = pair.read(chosen, tokens, logits_of, arguments.views, arguments.threads)
     return found
 
 

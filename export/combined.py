@@ -2,7 +2,8 @@
 
 The model folders as they serve, in the order of the settings, to combination.json beside them (or
 to combination-NAME.json with --name, for a choice of some of them): weights, thresholds, and the
-figures of the whole. Everything is learnt on rows that trained no detector and are not reported
+figures of the whole. With --first N the first N also learn to settle by themselves what they find
+clearly harmless. Everything is learnt on rows that trained no detector and are not reported
 (training.sets.calibrating).
 """
 
@@ -10,18 +11,18 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from scipy.optimize import minimize
 
-from detectors.calibrate import Calibration
-from detectors.combine import FILE, log_odds
-from detectors.harms import COLUMNS
+from detectors.calibrate import Calibration, sigmoid
+from detectors.combine import FILE, BoolArray, log_odds
+from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.load import load_detectors
 from detectors.protocol import FloatArray
 from export import card, figures, manifest
-from training import scores, thresholds
+from training import measure, scores, thresholds
 from training.measure import Labelled, Scored, stacked
 from training.rows import Row
 from training.scores import OfFolder
@@ -30,6 +31,8 @@ PLAIN: Final = Calibration(np.ones(len(COLUMNS)), np.zeros(len(COLUMNS)))  # log
 _FEW: Final = 12  # rows of the rarer class; fewer teach no weights, and all count alike
 _RIDGE: Final = 1e-3  # of the squared weights, against the mean loss of a row
 _SAMPLE: Final = 40  # rows of a known source
+_SHARES: Final = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
+_LOST: Final = 0.01  # of what is rightly blocked
 
 
 class Read(NamedTuple):
@@ -42,9 +45,21 @@ class Read(NamedTuple):
         """The highest log-odds of one detector over each row's segments."""
         return Scored(self.rows, stacked([s[:, detector].max(axis=0) for s in self.log_odds]))
 
-    def together(self, weights: "Weights") -> Scored:
+    def together(self, combined: "Combined") -> Scored:
         """The highest combined log-odds over each row's segments."""
-        return Scored(self.rows, stacked([weights.of(s).max(axis=0) for s in self.log_odds]))
+        return Scored(self.rows, stacked([combined.of(s).max(axis=0) for s in self.log_odds]))
+
+    def only(self, detectors: int) -> "Read":
+        """The same by the first so many."""
+        return Read(self.rows, [of_row[:, :detectors] for of_row in self.log_odds])
+
+
+class Combined(Protocol):
+    """How several detectors' log-odds become one."""
+
+    def of(self, said: FloatArray) -> FloatArray:
+        """(S, 7) of (S, D, 7) log-odds."""
+        ...
 
 
 class Weights(NamedTuple):
@@ -64,6 +79,37 @@ class Weights(NamedTuple):
         return {c: [round(float(w), 5) for w in row] for c, row in zip(COLUMNS, table, strict=True)}
 
 
+class Staged(NamedTuple):
+    """The first detectors alone where they settle a segment, all of them elsewhere."""
+
+    first: Weights
+    whole: Weights
+    below: FloatArray  # (7,) probabilities
+
+    def settled(self, said: FloatArray) -> BoolArray:
+        """(S,) of (S, D, 7) log-odds."""
+        early = sigmoid(self.first.of(said[:, : len(self.first.slopes)]))
+        return np.asarray((early < self.below).all(axis=1))
+
+    def of(self, said: FloatArray) -> FloatArray:
+        """(S, 7) of (S, D, 7) log-odds."""
+        early = self.first.of(said[:, : len(self.first.slopes)])
+        return np.where(self.settled(said)[:, None], early, self.whole.of(said))
+
+    def share(self, some: Read) -> float:
+        """Of all segments, those that are settled."""
+        return float(np.concatenate([self.settled(said) for said in some.log_odds]).mean())
+
+    def described(self) -> dict[str, Any]:
+        """As combination.json has it."""
+        below = zip(COLUMNS, self.below, strict=True)
+        return {
+            "detectors": len(self.first.slopes),
+            "weights": self.first.by_column(),
+            "below": {column: round(float(limit), 6) for column, limit in below},
+        }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes combination.json, prints weights and figures."""
     arguments = _arguments(argv)
@@ -72,11 +118,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     held = figures.held(arguments.data, _SAMPLE)
     read = {name: _read(some, folders, arguments) for name, some in held.items()}
     weights = learn(read["calibrate"])
-    whole = {name: some.together(weights) for name, some in read.items()}
+    staged = stage(read, weights, arguments.first) if arguments.first else None
+    whole = {name: some.together(staged or weights) for name, some in read.items()}
     chosen = figures.choose(whole, PLAIN)
     detectors = load_detectors([folder.name for folder in folders], beside)
     contents = combination({it.name: it.digest for it in detectors}, weights, chosen)
     contents["metrics"] = manifest.without_nan(figures.of(whole, PLAIN, chosen))
+    if staged:
+        contents["first"] = staged.described()
+        settled = {name: round(staged.share(some), 3) for name, some in read.items() if some.rows}
+        contents["metrics"]["settled_first"] = settled
+        print(f"segments that the first {arguments.first} settle: {settled}")
     name = f"combination-{arguments.name}.json" if arguments.name else FILE
     (beside / name).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(contents["weights"]))
@@ -90,12 +142,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the detectors, beside one another, in the order of the settings",
     )  # fmt: skip
     parser.add_argument("--name", help="where these are not the detectors that ship by default")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="N",
+        help="so many of them are asked first, the others where these do not suffice",
+    )  # fmt: skip
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="scores are kept in it")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     if len({folder.parent for folder in arguments.models}) > 1 or len(arguments.models) < 2:
         parser.error("--models: two or more folders of one parent")
+    if not 0 <= arguments.first < len(arguments.models):
+        parser.error("--first: fewer than there are models")
     return arguments
 
 
@@ -109,6 +167,25 @@ def _read(rows: Sequence[Row], folders: Sequence[Path], arguments: argparse.Name
     ]
     said = [log_odds(np.stack(of_row, axis=1)) for of_row in zip(*by_detector, strict=True)]
     return Read(list(rows), said)
+
+
+def stage(read: Mapping[str, Read], whole: Weights, count: int) -> Staged:
+    """The first `count` detectors' own weights, and how low their scores must be to settle it.
+
+    Each column's limit is the same share of its threshold: the largest at which, of the rows that
+    all detectors together would rightly block, at most _LOST pass.
+    """
+    first = learn(read["calibrate"].only(count))
+    chosen = figures.choose({name: some.together(whole) for name, some in read.items()}, PLAIN)
+    limits = np.array([chosen[key] for key in THRESHOLD_KEYS])
+    judged = read["calibrate"].together(whole)
+    rightly = measure.blocked(judged, PLAIN, chosen) * [max(row.targets) for row in judged.rows] > 0
+    for share in _SHARES:
+        staged = Staged(first, whole, share * limits)
+        still = measure.blocked(read["calibrate"].together(staged), PLAIN, chosen) > 0
+        if (rightly & ~still).sum() <= _LOST * rightly.sum():
+            return staged
+    raise ValueError(f"the first {count} detectors pass too much that is harmful: ask all at once")
 
 
 def learn(some: Read) -> Weights:

@@ -1,9 +1,9 @@
-"""One checkpoint, two detectors: toxicity reads a segment alone, context all that came before too.
+"""One checkpoint, one or two detectors: toxicity reads a segment alone, context all before it too.
 
 Both run the same graph. How their scores become one is learnt in export/combined.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
@@ -19,10 +19,14 @@ from training.rows import Row
 from training.windows import judged
 
 VIEWS: Final[Mapping[str, View]] = {"toxicity": "segment", "context": "whole"}
+_SEEN: Final[Mapping[str, Callable[[Passage], Passage]]] = {
+    "toxicity": lambda whole: Passage(whole.text, "", ()),
+    "context": lambda whole: whole,
+}
 
 
 class Read(NamedTuple):
-    """Rows and the logits of their segments, (S, 2, 7) each, views in the order of VIEWS."""
+    """Rows and the logits of their segments, (S, V, 7) each; V: views, as they were asked for."""
 
     rows: list[Row]
     logits: list[FloatArray]
@@ -32,8 +36,10 @@ class Read(NamedTuple):
         return Scored(self.rows, stacked([one[:, view].max(axis=0) for one in self.logits]))
 
 
-def read(rows: Sequence[Row], tokens: PairTokens, logits_of: LogitsOf, threads: int) -> Read:
-    """Every segment of every row through the graph, in both views."""
+def read(
+    rows: Sequence[Row], tokens: PairTokens, logits_of: LogitsOf, views: Sequence[str], threads: int
+) -> Read:
+    """Every segment of every row through the graph, in each view (of VIEWS)."""
 
     def of_passage(passage: Passage) -> FloatArray:
         windows = [logits_of(window) for window in tokens.encode(passage).windows]
@@ -41,9 +47,8 @@ def read(rows: Sequence[Row], tokens: PairTokens, logits_of: LogitsOf, threads: 
 
     def of_row(row: Row) -> FloatArray:
         return np.stack([
-            np.stack([of_passage(Passage(whole.text, "", ())), of_passage(whole)])
-            for whole in judged(row)
-        ])  # (S, 2, 7)  # fmt: skip
+            np.stack([of_passage(_SEEN[view](whole)) for view in views]) for whole in judged(row)
+        ])  # (S, V, 7)  # fmt: skip
 
     with ThreadPoolExecutor(threads) as pool:
         found = list(tqdm(pool.map(of_row, rows), total=len(rows), mininterval=10))

@@ -39,6 +39,7 @@ class Settings:
     """How to train. Saved in the run folder."""
 
     base: str = "minilm"
+    layers: int = 0  # of the base, from the bottom; 0 = all
     frozen: int = 0  # layers from the bottom, and with them the embeddings, that stay as they are
     seed: int = 17
     epochs: int = 1
@@ -77,6 +78,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
     parser.add_argument("--out", type=Path, required=True, help="run folder, made or resumed")
     parser.add_argument("--base", choices=list(base.BASES), default=Settings.base)
+    parser.add_argument("--layers", type=int, default=Settings.layers, help="kept; 0 = all")
     parser.add_argument("--frozen", type=int, default=Settings.frozen, help="layers left alone")
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--seed", type=int, default=Settings.seed)
@@ -120,7 +122,7 @@ def train(run: Path, parts: Parts, settings: Settings) -> None:
         for batch in batches(chosen, settings.batch_tokens, f"{settings.seed}/{epoch}")
     ][: settings.steps or None]
     print(f"{len(chosen)} windows, {len(held_out)} held out, {len(steps)} steps", flush=True)
-    judge = fresh(settings.base)
+    judge = fresh(settings.base, settings.layers)
     _freeze(judge, settings.frozen)
     if settings.start_from:
         judge.load_state_dict(torch.load(settings.start_from, weights_only=True))

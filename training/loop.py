@@ -41,7 +41,7 @@ class Loop(Generic[Batch]):
         """
         self._folder, self._model, self._steps, self._pace = folder, model, steps, pace
         self._loss, self._held_out = loss, held_out
-        self._optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
+        self._optimiser = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
         warm = max(1, int(pace.warm_up * len(steps)))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimiser,

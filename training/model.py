@@ -33,15 +33,23 @@ class Judge(nn.Module):
         return logits
 
 
-def fresh(name: str = "minilm") -> Judge:
-    """A base encoder (a key of base.BASES) with an untrained head."""
-    return Judge(_encoder(base.folder(name)))
+def fresh(name: str = "minilm", layers: int = 0) -> Judge:
+    """A base encoder (a key of base.BASES) with an untrained head.
+
+    layers: the first so many are kept, 0 = all. Of a deep encoder the last ones are the easiest to
+    do without once it is fine-tuned (Sajjad et al. 2020, arXiv:2004.03844).
+    """
+    encoder = _encoder(base.folder(name))
+    if layers:
+        encoder.encoder.layer = encoder.encoder.layer[:layers]
+        encoder.config.num_hidden_layers = layers
+    return Judge(encoder)
 
 
 def load(checkpoint: Path) -> Judge:
     """The weights of a checkpoint's model.pt, for inference."""
     settings = json.loads((checkpoint / "settings.json").read_text())
-    judge = fresh(settings.get("base", "minilm"))
+    judge = fresh(settings.get("base", "minilm"), settings.get("layers", 0))
     judge.load_state_dict(torch.load(checkpoint / "model.pt", weights_only=True))
     return judge.eval()
 

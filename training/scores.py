@@ -162,6 +162,12 @@ def scored(scorer: Scorer, rows: Sequence[Row], kept: Path, threads: int = 1) ->
         return [known[key] for key in keys]
 
 
+def keep(scorer: Scorer, rows: Sequence[Row], found: Sequence[FloatArray], kept: Path) -> None:
+    """Puts (S, 7) scores of each row's segments, known from elsewhere, where `scored` looks."""
+    with _Store(kept, scorer) as store:
+        store.write({_key(row): of_row for row, of_row in zip(rows, found, strict=True)})
+
+
 def _chunks(missing: Mapping[str, Row]) -> Iterator[dict[str, Row]]:
     pairs = list(missing.items())
     for begin in range(0, len(pairs), _ROWS_A_CALL):

@@ -2,14 +2,23 @@
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from detectors import combine
 from detectors.combine import Combination
 from detectors.harms import COLUMNS
-from detectors.protocol import Detector, Encoded, Passage
+from detectors.protocol import Detector, Encoded, FloatArray, IntArray, Passage
 from worker.errors import DetectorError
+
+
+class Scored(NamedTuple):
+    """What the detectors say of one passage."""
+
+    scores: tuple[float, ...]  # (7,) as harms.COLUMNS
+    stage: str  # the detector that gave most of `harmful`
+    tokens: int  # that went through the models
 
 
 def model_id(
@@ -36,7 +45,7 @@ def encode(detectors: Sequence[Detector], passages: Sequence[Passage]) -> list[t
 
 def judge(
     detectors: Sequence[Detector], passage: Passage, combination: Combination | None = None
-) -> tuple[tuple[Encoded, ...], tuple[tuple[float, ...], str], float]:
+) -> tuple[tuple[Encoded, ...], Scored, float]:
     """`encode` and `score` of one passage, and the milliseconds that the first took."""
     start = time.perf_counter()
     (encoded,) = encode(detectors, [passage])
@@ -47,16 +56,41 @@ def judge(
 def score(
     detectors: Sequence[Detector], batch: Sequence[tuple[Encoded, ...]],
     combination: Combination | None = None,
-) -> list[tuple[tuple[float, ...], str]]:  # fmt: skip
-    """For each passage its scores, (7,), and the detector that gave most of `harmful`.
+) -> list[Scored]:  # fmt: skip
+    """What the detectors say of each passage.
 
-    Of several detectors' scores the highest counts, unless a combination was learnt. Columns in
-    which a detector gave no probability are NaN. Raises DetectorError.
+    Of several detectors' scores the highest counts, unless a combination was learnt; that may also
+    leave it at the first detectors for a passage that they settle. Columns in which a detector gave
+    no probability are NaN. Raises DetectorError.
     """
+    first = combination.asked_first if combination else len(detectors)
+    stacked = _scores(detectors[:first], batch, first)
+    left = np.ones(len(batch), dtype=bool)
+    if combination and first < len(detectors):
+        left = ~combination.settled(stacked)
+        more = np.full((len(detectors) - first, *stacked.shape[1:]), np.nan)
+        if left.any():
+            rows = [row for row, asked in zip(batch, left.tolist(), strict=True) if asked]
+            more[:, left] = _scores(detectors[first:], rows, len(detectors), first)
+        stacked = np.concatenate([stacked, more])  # (D, B, 7)
+    whole = combination.combined(stacked) if combination else combine.highest(stacked)  # (B, 7)
+    asked = np.where(np.arange(len(detectors))[:, None] < first, True, left)  # (D, B)
+    tokens = (asked * _tokens(batch)).sum(axis=0)  # (B,)
+    leading = np.where(asked, np.nan_to_num(stacked[:, :, -1], nan=2.0), -1.0).argmax(axis=0)
+    return [
+        Scored(tuple(row), detectors[lead].name, read)
+        for row, lead, read in zip(whole.tolist(), leading.tolist(), tokens.tolist(), strict=True)
+    ]
+
+
+def _scores(
+    detectors: Sequence[Detector], batch: Sequence[tuple[Encoded, ...]], end: int, begin: int = 0
+) -> FloatArray:
+    """(D, B, 7) of the detectors that read the parts `begin` to `end` of each row."""
     try:
         matrices = [
             np.asarray(detector.score([row[i] for row in batch]), dtype=np.float64)
-            for i, detector in enumerate(detectors)
+            for i, detector in zip(range(begin, end), detectors, strict=True)
         ]  # D times (B, 7)
     except Exception as error:
         msg = f"scoring failed: {type(error).__name__}"
@@ -64,12 +98,10 @@ def score(
     for detector, matrix in zip(detectors, matrices, strict=True):
         if matrix.shape != (len(batch), len(COLUMNS)):
             raise DetectorError(f"{detector.name} gave {matrix.shape} scores for {len(batch)} rows")
-    stacked = np.stack(matrices)  # (D, B, 7)
-    stacked = np.where((stacked >= 0.0) & (stacked <= 1.0), stacked, np.nan)
-    whole = combination.combined(stacked) if combination else combine.highest(stacked)  # (B, 7)
-    names = [detector.name for detector in detectors]
-    leading = np.nan_to_num(stacked[:, :, -1], nan=2.0).argmax(axis=0)  # (B,)
-    return [
-        (tuple(row), names[lead])
-        for row, lead in zip(whole.tolist(), leading.tolist(), strict=True)
-    ]
+    stacked = np.stack(matrices)
+    return np.where((stacked >= 0.0) & (stacked <= 1.0), stacked, np.nan)
+
+
+def _tokens(batch: Sequence[tuple[Encoded, ...]]) -> IntArray:
+    """(D, B) tokens that each detector reads of each passage."""
+    return np.array([[row.tokens for row in rows] for rows in batch], dtype=np.int64).T

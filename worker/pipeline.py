@@ -307,9 +307,9 @@ class Pipeline:
                 continue
             self._progress = self.clock()
             took_ms = (self._progress - start) * 1e3
-            for work, (scores, stage) in zip(batch, rows, strict=True):
+            for work, scored in zip(batch, rows, strict=True):
                 work.infer_ms = took_ms
-                self._scored(work, scores, stage)
+                self._scored(work, scored)
 
     async def _detect_one(self, work: Work) -> None:
         """Encode and score a segment in one go."""
@@ -317,7 +317,7 @@ class Pipeline:
             return
         start = self.clock()
         try:
-            encoded, (scores, stage), encode_ms = await asyncio.get_running_loop().run_in_executor(
+            encoded, scored, encode_ms = await asyncio.get_running_loop().run_in_executor(
                 self._threads, detect.judge, self.detectors, work.passage, self._combination
             )
         except DetectorError as error:
@@ -326,7 +326,7 @@ class Pipeline:
         self._progress = self.clock()
         work.read_as(encoded, encode_ms)
         work.infer_ms = max(0.0, (self._progress - start) * 1e3 - encode_ms)
-        self._scored(work, scores, stage)
+        self._scored(work, scored)
 
     async def _more(self) -> None:
         """Wait for entries, or for the batch that is forming to be due."""
@@ -340,13 +340,13 @@ class Pipeline:
         finally:
             self._free -= 1
 
-    def _scored(self, work: Work, scores: tuple[float, ...], stage: str) -> None:
+    def _scored(self, work: Work, scored: detect.Scored) -> None:
+        scores, stage, tokens = scored
         if not is_probability(scores):
             work.partial = scores
             self._failed([work], DetectorError("a score is no probability"))
             return
-        for row in work.encoded:
-            self.tokens_in += row.tokens
+        self.tokens_in += tokens
         self.tokens_of_text += max(row.text_tokens for row in work.encoded)
         self._cache.store([(work.key, scores)])
         self._judged(work, scores, stage)

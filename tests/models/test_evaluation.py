@@ -201,7 +201,7 @@ def test_two_detectors_are_made_one_as_in_the_worker(learnt: bool) -> None:
     alone = [detector.score(detector.encode(passages)) for detector in detectors]
     (found,) = scores.together([[of_row] for of_row in alone], combination)
     batch = detect.encode(detectors, passages)
-    expected = [values for values, _ in detect.score(detectors, batch, combination)]
+    expected = [scored.scores for scored in detect.score(detectors, batch, combination)]
     assert found.tolist() == [list(values) for values in expected]
     assert not np.allclose(found, alone[0])
 

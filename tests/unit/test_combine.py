@@ -119,10 +119,25 @@ def test_without_a_file_there_is_none(tmp_path: Path) -> None:
     assert combine.read(tmp_path, PAIR) is None
 
 
+def first(**changes: Any) -> dict[str, Any]:
+    """A first look by one detector: its own log-odds less 1, settled below 0.2."""
+    plain: dict[str, Any] = {
+        "detectors": 1,
+        "weights": {column: [1.0, -1.0] for column in COLUMNS},
+        "below": dict.fromkeys(COLUMNS, 0.2),
+    }
+    return plain | changes
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"detectors": {"toxicity": "aa", "context": "cc"}}, "another context"),
+        ({"first": first(detectors=2)}, "first.detectors"),
+        ({"first": first(detectors=0)}, "first.detectors"),
+        ({"first": first(weights={c: [1.0, 1.0, 0.0] for c in COLUMNS})}, "first.weights: viol"),
+        ({"first": first(below={"violence": 0.2})}, "first.below: need violence"),
+        ({"first": first(below=dict.fromkeys(COLUMNS, 1.2))}, "first.below: violence"),
         ({"weights": {column: [1.0, 0.0] for column in COLUMNS}}, "one a detector"),
         ({"weights": {column: [-0.1, 1.0, 0.0] for column in COLUMNS}}, "count for more"),
         ({"weights": {column: [0.0, 0.0, 0.0] for column in COLUMNS}}, "count for more"),
@@ -162,7 +177,7 @@ def test_the_worker_scores_with_it_and_says_so(tmp_path: Path) -> None:
     found = combine.read(written(tmp_path, detectors=digests), pair)
     assert found is not None
     rows = detect.encode(pair, [Passage("text", "", ())])
-    ((scores, stage),) = detect.score(pair, rows, found)
+    ((scores, stage, _),) = detect.score(pair, rows, found)
     assert scores == pytest.approx([1 / (1 + math.exp(1 - 0.25 * math.log(4)))] * 7, abs=1e-6)
     assert stage == "toxicity"
     assert detect.score(pair, rows)[0][0] == (0.8,) * 7
@@ -171,3 +186,78 @@ def test_the_worker_scores_with_it_and_says_so(tmp_path: Path) -> None:
         == f"toxicity@tototo+context@cococo+combined@{found.digest[:6]}"
     )
     assert shipped_thresholds(pair, found) == dict.fromkeys(THRESHOLD_KEYS, 0.5)
+
+
+def odds(p: float) -> float:
+    """log(p / (1 - p))."""
+    return math.log(p / (1 - p))
+
+
+def chance(log_odds: float) -> float:
+    """The other way round."""
+    return 1 / (1 + math.exp(-log_odds))
+
+
+class Counting(Same):
+    """Scores by the text's length, and keeps what it was asked for."""
+
+    def __init__(self, name: str, known: dict[str, float]) -> None:
+        super().__init__(name, 0.0)
+        self._known, self.asked = known, 0
+
+    def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+        """Two tokens each; the text itself is kept where nothing reads it."""
+        plain = Constant().encode(passages)
+        return [row._replace(tokens=2, text_tokens=i) for i, row in enumerate(plain)]
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        """(B, 7), by the place at which a passage was encoded."""
+        self.asked += len(batch)
+        values = list(self._known.values())
+        return np.array([[values[row.text_tokens]] * len(COLUMNS) for row in batch])
+
+
+def staged(folder: Path, cheap: Counting, dear: Counting) -> combine.Combination:
+    """A combination in which the cheap one settles what it finds harmless."""
+    digests = {"toxicity": cheap.digest, "context": dear.digest}
+    found = combine.read(written(folder, detectors=digests, first=first()), (cheap, dear))
+    assert found is not None
+    return found
+
+
+def test_what_the_first_detectors_settle_goes_to_no_other(tmp_path: Path) -> None:
+    """0.3 less 1 is 0.136, below 0.2; 0.5 less 1 is 0.27, which is not: there all count."""
+    cheap = Counting("toxicity", {"calm": 0.3, "loud": 0.5})
+    dear = Counting("context", {"calm": 0.9, "loud": 0.8})
+    found = staged(tmp_path, cheap, dear)
+    rows = detect.encode((cheap, dear), [Passage("calm", "", ()), Passage("loud", "", ())])
+    calm, loud = detect.score((cheap, dear), rows, found)
+    assert calm.scores == pytest.approx([chance(odds(0.3) - 1)] * 7, abs=1e-6)
+    assert loud.scores == pytest.approx([chance(0.5 * odds(0.8) - 1)] * 7, abs=1e-6)
+    assert (cheap.asked, dear.asked) == (2, 1)
+    assert (calm.tokens, loud.tokens) == (2, 4)
+    assert (calm.stage, loud.stage) == ("toxicity", "context")
+
+
+def test_a_segment_goes_its_way_whatever_it_is_batched_with(tmp_path: Path) -> None:
+    """Alone, together and all at once through every detector: the same scores."""
+    cheap = Counting("toxicity", {"calm": 0.3, "loud": 0.5})
+    dear = Counting("context", {"calm": 0.9, "loud": 0.8})
+    found = staged(tmp_path, cheap, dear)
+    rows = detect.encode((cheap, dear), [Passage("calm", "", ()), Passage("loud", "", ())])
+    together = [scored.scores for scored in detect.score((cheap, dear), rows, found)]
+    alone = [detect.score((cheap, dear), [row], found)[0].scores for row in rows]
+    whole = np.stack([cheap.score([row[0] for row in rows]), dear.score([row[1] for row in rows])])
+    assert alone == together
+    assert found.combined(whole).tolist() == [list(scores) for scores in together]
+
+
+def test_a_first_look_without_a_score_settles_nothing(tmp_path: Path) -> None:
+    """NaN is below every limit for who compares carelessly; here the segment stays unscored."""
+    cheap = Counting("toxicity", {"calm": float("nan")})
+    dear = Counting("context", {"calm": 0.1})
+    found = staged(tmp_path, cheap, dear)
+    rows = detect.encode((cheap, dear), [Passage("calm", "", ())])
+    ((scores, _, _),) = detect.score((cheap, dear), rows, found)
+    assert np.isnan(scores).all()
+    assert dear.asked == 1

@@ -105,7 +105,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_a_combination_is_one_of_the_encoders() -> None:
     """Other weights are other scores, and a band around those is another band."""
-    together = Combination({}, {}, {}, "c0")
+    together = Combination({}, {}, {}, digest="c0")
     assert seconds.encoders(DETECTORS, None) == ENCODERS
     assert seconds.encoders(DETECTORS, together) == (*ENCODERS, "c0")
 
