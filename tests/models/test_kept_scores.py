@@ -56,3 +56,13 @@ def test_known_scores_are_not_asked_for_again(tmp_path: Path) -> None:
     again.digest = "c1" * 32
     scores.scored(again, rows()[:1], tmp_path)
     assert again.asked == 1 + len(known[0])
+
+
+def test_scores_known_from_elsewhere_are_not_asked_for(tmp_path: Path) -> None:
+    """What the export has computed is there for the evaluation, row by row."""
+    found = [np.full((len(windows.judged(row)), 7), i / 10) for i, row in enumerate(rows())]
+    scores.keep(Counting(), rows()[:2], found[:2], tmp_path)
+    later = Counting()
+    known = scores.scored(later, rows(), tmp_path)
+    assert [of_row.tolist() for of_row in known[:2]] == [of_row.tolist() for of_row in found[:2]]
+    assert later.asked == len(windows.judged(rows()[2]))

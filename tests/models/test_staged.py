@@ -1,0 +1,92 @@
+"""What the first detectors may settle: chosen, written down, read back. Needs the train extra."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detectors import combine
+from detectors.harms import COLUMNS, THRESHOLD_KEYS
+from detectors.protocol import FloatArray
+from training.rows import Row
+
+pytestmark = pytest.mark.train
+
+
+class Named:
+    """A detector's name and digest."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.digest = name, name * 3
+
+
+PAIR = (Named("cheap"), Named("dear"))
+
+
+def drawn(count: int, blind: float, source: str = "gptfuzz") -> tuple[list[Row], list[FloatArray]]:
+    """Rows of two segments, and the log-odds of a cheap and a dear detector, (2, 2, 7) each.
+
+    blind: share of the harmful rows that the cheap one finds clearly harmless.
+    """
+    chance = np.random.default_rng(count)
+    rows, said = [], []
+    for i in range(count):
+        harmful = i % 2
+        center = 3.0 if harmful else -3.0
+        cheap = -6.0 if harmful and chance.random() < blind else center
+        segments = chance.normal(0, 1, (2, 2)) + np.array([[-5.0, -5.0], [cheap, center]])
+        rows.append(
+            Row(f"{source}/{i}", source, "reply", (), "text", (float(harmful),) * 7, (1.0,) * 7,
+                str(i), dev=True)
+        )  # fmt: skip
+        said.append(np.repeat(segments[:, :, None], 7, axis=2))
+    return rows, said
+
+
+def staged(blind: float) -> tuple[Any, Any]:
+    """A stage of one detector, and what it was chosen on."""
+    from export import combined
+
+    read = {"calibrate": combined.Read(*drawn(400, blind))}
+    for name in ("harmless", "look_alikes", "counter_speech"):
+        read[f"calibrate_{name}"] = combined.Read([], [])
+    return combined.stage(read, combined.learn(read["calibrate"]), 1), read["calibrate"]
+
+
+def test_as_much_is_settled_as_loses_next_to_nothing() -> None:
+    """Where the cheap one sees all harm, it settles every harmless row and no harmful one."""
+    stage, read = staged(blind=0.0)
+    settled = [stage.settled(said).all() for said in read.log_odds]
+    harmful = [row.targets[0] > 0 for row in read.rows]
+    assert not any(done for done, is_harmful in zip(settled, harmful, strict=True) if is_harmful)
+    assert stage.share(read) > 0.6
+
+
+def test_a_blind_first_look_settles_no_harm() -> None:
+    """It finds a third of the harm clearly harmless: then little is clear, and all are asked."""
+    stage, read = staged(blind=0.3)
+    settled = [stage.settled(said).all() for said in read.log_odds]
+    harmful = [row.targets[0] > 0 for row in read.rows]
+    missed = sum(done and is_harmful for done, is_harmful in zip(settled, harmful, strict=True))
+    assert missed <= 0.01 * sum(harmful)
+
+
+def test_the_worker_computes_what_was_chosen(tmp_path: Path) -> None:
+    """combination.json of a stage gives the same scores as the code that chose it."""
+    from export import combined
+
+    stage, read = staged(blind=0.0)
+    digests = {detector.name: detector.digest for detector in PAIR}
+    chosen = dict.fromkeys(THRESHOLD_KEYS, 0.5)
+    contents = combined.combination(digests, stage.whole, chosen) | {"first": stage.described()}
+    (tmp_path / combine.FILE).write_text(json.dumps(contents))
+    found = combine.read(tmp_path, PAIR)
+    assert found is not None
+    for said in read.log_odds[:40]:
+        by_detector = 1 / (1 + np.exp(-said.transpose(1, 0, 2)))  # (D, S, 7)
+        expected = 1 / (1 + np.exp(-stage.of(said)))
+        assert found.combined(by_detector) == pytest.approx(expected, abs=2e-4)
+        assert found.settled(by_detector).tolist() == stage.settled(said).tolist()
+    assert set(contents["first"]["below"]) == set(COLUMNS)
