@@ -18,8 +18,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from bench import report
 from bench.texts import replies
 from bench.throughput import start_worker
-from detectors.load import load_detectors
+from detectors.load import load_combination, load_detectors
 from detectors.protocol import Detector, Passage
+from worker import detect
 from worker.local import local_services
 from worker.pipeline import Pipeline
 from worker.settings import Settings
@@ -55,15 +56,15 @@ def _nothing() -> Detector:
     return Constant()
 
 
-def alone(detectors: Sequence[Detector], passages: list[Passage], threads: int) -> float:
+def alone(settings: Settings, detectors: Sequence[Detector], passages: list[Passage]) -> float:
     """Segments a second."""
+    combination = load_combination(settings.models, detectors)
 
     def one(passage: Passage) -> None:
-        for detector in detectors:
-            detector.score(detector.encode([passage]))
+        detect.judge(detectors, passage, combination)
 
     start = time.monotonic()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(settings.infer_threads) as pool:
         list(pool.map(one, passages))
     return len(passages) / (time.monotonic() - start)
 
@@ -133,7 +134,7 @@ async def main() -> None:
             for run in range(arguments.runs):
                 values = records(arguments.replies, run)
                 passages = passages_of(settings, values)
-                rows["alone"].append(alone(detectors, passages, settings.infer_threads))
+                rows["alone"].append(alone(settings, detectors, passages))
                 rows["kafka"].append(await through_kafka(settings, values))
                 speed, tokens = await in_process(settings, detectors, values)
                 rows["pipeline"].append(speed)

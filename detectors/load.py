@@ -37,6 +37,7 @@ class SecondSpec(NamedTuple):
     model: str = ""  # as a server calls it
     key: str | None = None  # of a server
     deadline_ms: float = 1_000.0  # of one call to a server
+    fitting: bool = False  # only where it was made for the detectors there are; else none is asked
 
 
 def load_detectors(specs: Sequence[str], models: Path) -> tuple[Detector, ...]:
@@ -61,10 +62,15 @@ def load_combination(models: Path, detectors: Sequence[Detector]) -> Combination
 
 def load_second(
     spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
-) -> Second:
-    """The language model that looks again where these detectors are uncertain. LoadError."""
+) -> Second | None:
+    """The language model that looks again where these detectors are uncertain. LoadError.
+
+    None only where the spec says that it must fit, and it does not.
+    """
     try:
         plan = _plan(spec, models, detectors, combination)
+        if plan is None:
+            return None
         digest = plan.digest(_helper_digest(spec, models))
         return Second(plan, _helper(spec, models, plan), digest)
     except (OSError, ValueError) as error:
@@ -74,9 +80,11 @@ def load_second(
 def second_digest(
     spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
 ) -> str:
-    """load_second(...).digest without loading any weights. LoadError."""
+    """load_second(...).digest without loading any weights; empty of None. LoadError."""
     try:
         plan = _plan(spec, models, detectors, combination)
+        if plan is None:
+            return ""
         return plan.digest(_helper_digest(spec, models))
     except (OSError, ValueError) as error:
         raise LoadError(f"logprob {spec.name!r}: {error}") from error
@@ -84,7 +92,10 @@ def second_digest(
 
 def _plan(
     spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
-) -> Plan:
+) -> Plan | None:
+    expected = second.encoders(detectors, combination)
+    if spec.fitting and not (models / spec.name / second.FILE).is_file():
+        return None
     elsewhere = spec.name.startswith((*_SERVERS, PYTHON))
     if elsewhere and spec.plan is None:
         raise ValueError(f"no folder holds its {second.FILE}: name the file in logprob_plan")
@@ -96,7 +107,12 @@ def _plan(
             f"no manifest.json in {models / spec.name}. "
             "Build one with `python -m export.causal`, or name a server, http://...:8000/v1"
         )
-    return second.read(path, second.encoders(detectors, combination))
+    try:
+        return second.read(path, expected)
+    except second.OtherDetectorsError:
+        if spec.fitting:
+            return None
+        raise
 
 
 def _helper_digest(spec: SecondSpec, models: Path) -> str:

@@ -34,6 +34,10 @@ class SecondError(ValueError):
     """The file makes no sense, or is for other detectors."""
 
 
+class OtherDetectorsError(SecondError):
+    """The file is for other detectors."""
+
+
 class Band(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far from its threshold a score is uncertain, 0..1 each; both 0: never."""
 
@@ -130,7 +134,8 @@ def encoders(detectors: Sequence[Named], combination: Combination | None) -> tup
 def read(path: Path, expected: Sequence[str]) -> Plan:
     """The plan in a file, for these `encoders`. `path` may be the folder that holds it.
 
-    Raises SecondError where it is missing, makes no sense or is for others.
+    Raises SecondError where it is missing or makes no sense, OtherDetectorsError where it is for
+    others.
     """
     path = path / FILE if path.is_dir() else path
     try:
@@ -141,7 +146,7 @@ def read(path: Path, expected: Sequence[str]) -> Plan:
         raise SecondError(f"{path}: {error}") from error
     _check(plan, path)
     if plan.encoders != tuple(expected):
-        raise SecondError(
+        raise OtherDetectorsError(
             f"{path}: its band was chosen with other detectors "
             f"({_short(plan.encoders)}; these are {_short(expected)}): choose it again"
         )

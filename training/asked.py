@@ -43,7 +43,7 @@ def replies(
             continue
         kept = [scores.scored(folder, sure, runs / "scores") for folder in folders]
         together = scores.together(kept, combination)
-        looks = _Looks(second, limits)
+        looks = Looks(second, limits)
         before = np.array([float((of_row > limits).any()) for of_row in together])
         after = np.array([looks.blocked(*pair) for pair in zip(sure, together, strict=True)])
         harmful = np.array([row.targets[-1] for row in sure]) > 0.5
@@ -56,24 +56,29 @@ def replies(
     return Table("Whole replies", _HEADER, rows, _NOTE)
 
 
-class _Looks:
+class Looks:
     """Asks, and counts."""
 
     def __init__(self, second: Second, limits: FloatArray) -> None:
+        """limits: (7,) thresholds."""
         self.count = 0
         self._second, self._limits = second, limits
 
-    def blocked(self, row: Row, segments: FloatArray) -> float:
-        """1 where a reply of (S, 7) scores is blocked at any segment."""
-        for known, passage in zip(segments, judged(row), strict=True):
-            said = known.copy()
+    def scores(self, row: Row, segments: FloatArray) -> FloatArray:
+        """(S, 7) with what it says in place of uncertain scores, to the first blocked segment."""
+        found = segments.copy()
+        for said, passage in zip(found, judged(row), strict=True):  # each a view into `found`
             asked = self._second.uncertain(said.tolist(), self._limits.tolist())
             for column in asked:
                 said[column] = self._second.score(passage, column)
             self.count += bool(asked)
             if (said > self._limits).any():
-                return 1.0
-        return 0.0
+                break
+        return found
+
+    def blocked(self, row: Row, segments: FloatArray) -> float:
+        """1 where a reply of (S, 7) scores is blocked at any segment."""
+        return float((self.scores(row, segments) > self._limits).any())
 
 
 def _sets(chosen: Sets) -> Iterator[tuple[str, list[Row]]]:

@@ -4,17 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from detectors.combine import Combination
-from detectors.harms import DEFAULT_THRESHOLDS
+from detectors.harms import DEFAULT_THRESHOLDS, THRESHOLD_KEYS
 from detectors.keywords import Keywords
-from detectors.load import load_combination, load_detector
-from detectors.protocol import FloatArray
+from detectors.load import SecondSpec, load_combination, load_detector, load_second
+from detectors.protocol import Detector, FloatArray
+from detectors.second import Second
 from training import baselines, scores
+from training.asked import Looks
 from training.rows import Row
 from training.scores import Judged, OfFolder, Scorer
 from training.sets import Sets, distinct
 
 SERVED: Final = "as served"
+SECOND: Final = SecondSpec("logprob", fitting=True)  # as the worker's default setting has it
 FLOOR: Final = "TF-IDF + logistic regression"
 _KEYWORDS: Final = Path(__file__).resolve().parent.parent / "detectors" / "keywords.toml"
 
@@ -57,7 +62,10 @@ class Compare:
         whole = _together([alone[name] for name in names], self._combination(names))
         if len(names) > 1:
             yield whole
-        yield _served(whole, self._all)
+        looked = self._looked(whole, names)
+        if looked is not None:
+            yield looked
+        yield _served(looked or whole, self._all)
 
     def exact(self) -> Iterator[System]:
         """The encoders with fp32 graphs, where there are any, on what is reported by harm: they
@@ -94,10 +102,24 @@ class Compare:
 
     def _combination(self, names: Sequence[str]) -> Combination | None:
         """As it lies beside the models. Raises LoadError where it is for others."""
+        beside, detectors = self._detectors(names)
+        return load_combination(beside, detectors) if beside else None
+
+    def _detectors(self, names: Sequence[str]) -> tuple[Path | None, list[Detector]]:
+        """And the folder that holds them all, if one does."""
         folders = [self._folders[name] for name in names]
         detectors = [load_detector(folder.name, folder.parent) for folder in folders]
         beside = {folder.parent for folder in folders}
-        return load_combination(beside.pop(), detectors) if len(beside) == 1 else None
+        return beside.pop() if len(beside) == 1 else None, detectors
+
+    def _looked(self, whole: System, names: Sequence[str]) -> System | None:
+        """With the second look that ships, where it is for these detectors."""
+        beside, detectors = self._detectors(names)
+        if beside is None:
+            return None
+        combination = load_combination(beside, detectors)
+        second = load_second(SECOND, beside, detectors, combination)
+        return with_looks(whole, self._all, second) if second else None
 
     def _through(self, scorer: Scorer, rows: list[Row]) -> System:
         found = scores.scored(scorer, rows, self._kept, self._threads)
@@ -134,6 +156,17 @@ def _together(parts: Sequence[System], combination: Combination | None) -> Syste
     name = " + ".join(part.name for part in parts)
     thresholds = {**parts[0].thresholds, **(combination.thresholds if combination else {})}
     return System(name, thresholds, dict(zip(ids, found, strict=True)))
+
+
+def with_looks(whole: System, rows: Sequence[Row], second: Second) -> System:
+    """A language model's word in place of what is uncertain, as the worker asks for it."""
+    from tqdm import tqdm  # tests without the train extra need none
+
+    limits = np.array([whole.thresholds[key] for key in THRESHOLD_KEYS])
+    looks = Looks(second, limits)
+    bar = tqdm(rows, desc="second look", unit="row", mininterval=5, leave=False)
+    known = {row.id: looks.scores(row, whole.known[row.id]) for row in bar}
+    return System(f"{whole.name} + logprob", whole.thresholds, known)
 
 
 def _served(whole: System, rows: Sequence[Row]) -> System:

@@ -110,7 +110,8 @@ class Pipeline:
         spec = spec_of(settings)
         if second is None and spec is not None:
             second = load_second(spec, settings.models, self.detectors, self._combination)
-            self._exit.callback(second.close)
+            if second is not None:
+                self._exit.callback(second.close)
         encoders = detect.model_id(self.detectors, self._combination)
         model = detect.model_id(self.detectors, self._combination, second.digest if second else "")
         shipped = shipped_thresholds(self.detectors, self._combination)

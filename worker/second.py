@@ -21,7 +21,7 @@ from detectors.protocol import Passage
 from detectors.second import Second
 from worker import metrics
 from worker.cache import Breaker, ScoreCache
-from worker.settings import Settings
+from worker.settings import FITTING, Settings
 
 log = structlog.get_logger()
 
@@ -30,6 +30,7 @@ Cause = Literal["late", "down", "refused"]
 _IN_A_ROW: Final = 5  # failures, after which the helper is left alone
 _ALONE_S: Final = 1.0  # for so long at first; doubles
 _ALONE_MOST_S: Final = 30.0
+_SHIPPED: Final = "logprob"  # the folder of the one that ships
 _BEHIND: Final = 1.25  # of the deadline: a server's call ends too, when nobody waits any more
 _LEARN: Final = 0.2  # weight of the newest look in the typical one
 
@@ -39,6 +40,8 @@ def spec_of(settings: Settings) -> SecondSpec | None:
     if not settings.logprob:
         return None
     key = settings.logprob_key
+    if settings.logprob == FITTING:
+        return SecondSpec(_SHIPPED, fitting=True)
     return SecondSpec(
         settings.logprob, settings.logprob_plan, settings.logprob_model,
         key.get_secret_value() if key else None, settings.logprob_deadline_ms * _BEHIND,

@@ -20,6 +20,7 @@ from detectors.harms import THRESHOLD_KEYS
 
 HERE = Path(__file__).resolve().parent.parent  # the checkout, or site-packages of an install
 DEFAULT_FILE = Path("tidegate.toml")
+FITTING = "auto"  # a second look by what ships, where that fits
 
 Action = Literal["block", "revise", "flag"]
 FailMode = Literal["closed", "open"]
@@ -235,8 +236,8 @@ class Settings(BaseSettings):
 
     # second look, where the detectors are uncertain; docs/logprob.md
     # a model's folder under `models`, a completions server as http://...:8000/v1, or
-    # python:module:factory; empty: off, since no model ships
-    logprob: str = ""
+    # python:module:factory; auto: models/logprob, where it was made for these detectors; empty: off
+    logprob: str = FITTING
     logprob_model: str = ""  # as the server calls it
     logprob_key: SecretStr | None = None  # the server's, if it wants one
     logprob_plan: Path | None = None  # second.json; a folder has its own
@@ -275,7 +276,8 @@ class Settings(BaseSettings):
             raise ValueError("release_ahead_chars: must not exceed min_segment_chars")
         if self.heartbeat_interval_ms * 3 > self.session_timeout_ms:
             raise ValueError("heartbeat_interval_ms: at most a third of session_timeout_ms")
-        if self.logprob and self.logprob_deadline_ms >= self.hold_timeout_ms:
+        named = self.logprob not in {"", FITTING}
+        if named and self.logprob_deadline_ms >= self.hold_timeout_ms:
             raise ValueError("logprob_deadline_ms: must be less than hold_timeout_ms")
         return self
 

@@ -12,7 +12,7 @@ from detectors.combine import Combination
 from detectors.constant import Constant
 from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS
 from detectors.keywords import Keywords
-from detectors.load import load_combination, load_detectors
+from detectors.load import load_combination, load_detectors, load_second
 from detectors.protocol import Encoded, FloatArray, Passage, Turn
 from detectors.segments import DEFAULT_LIMITS
 from tests.fakes import RowDetector
@@ -79,7 +79,8 @@ def _record(one: Row) -> bytes:
     "names", [("toxicity",), ("toxicity", "context"), ("toxicity", "context", "words")]
 )
 def test_scores_and_verdicts_are_those_of_moderate(names: tuple[str, ...]) -> None:
-    """Models, what they make together, keywords, short texts, nothing judged behind a block."""
+    """Models, what they make together, the second look where it is for them, keywords, short
+    texts, nothing judged behind a block."""
     some = rows()
     detectors = load_detectors(names, MODELS)
     alone = [
@@ -89,7 +90,11 @@ def test_scores_and_verdicts_are_those_of_moderate(names: tuple[str, ...]) -> No
         )
         for detector in detectors
     ]  # fmt: skip
-    whole = systems._together(alone, load_combination(MODELS, detectors))
+    combination = load_combination(MODELS, detectors)
+    whole = systems._together(alone, combination)
+    second = load_second(systems.SECOND, MODELS, detectors, combination)
+    if second is not None:
+        whole = systems.with_looks(whole, some, second)
     found = systems._served(whole, some).judged(some)
     lines = said_by_moderate(some, names)
     assert 2 <= sum(found.blocked) < len(some)  # else little is compared

@@ -92,6 +92,7 @@ def test_what_ships_looks_again_for_the_detectors_that_ship() -> None:
     combination = load_combination(SHIPPED, detectors)
     assert combination is not None
     second = load_second(SecondSpec("logprob"), SHIPPED, detectors, combination)
+    assert second is not None
     column = COLUMNS.index("harmful")
     asked = Turn("user", "My neighbour keeps parking in my spot. What can I do?")
 

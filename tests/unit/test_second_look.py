@@ -135,13 +135,13 @@ async def test_only_the_uncertain_harms_scores_are_replaced() -> None:
 
 
 async def test_off_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default: no second look, and the model's id is that of the encoders alone."""
+    """No second look, and the model's id is that of the encoders alone."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("loaded")
 
     monkeypatch.setattr("worker.pipeline.load_second", refuse)
-    (made,) = await decide(None, text(0.5, 0.9))
+    (made,) = await decide(None, text(0.5, 0.9), logprob="")
     assert (made.verdict, made.stage, made.model) == ("allow", "toxicity", "toxicity@5a155a")
 
 

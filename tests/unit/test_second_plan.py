@@ -153,6 +153,7 @@ def test_a_folder_serves_with_its_plan(tmp_path: Path) -> None:
     seconds.write(tmp_path / "logprob" / seconds.FILE, second_plan())
     spec = SecondSpec("logprob")
     second = load_second(spec, tmp_path, DETECTORS, None)
+    assert second is not None
     passage = Passage("A text.", "Before it. ", (Turn("user", "Why?"),))
     score = second.score(passage, COLUMNS.index("violence"))
     assert 0.0 < score < 1.0
@@ -175,6 +176,26 @@ def test_a_folder_that_cannot_serve_is_refused(tmp_path: Path) -> None:
         load_second(spec, tmp_path, DETECTORS, None)
 
 
+def test_what_has_to_fit_is_left_out_where_it_does_not(tmp_path: Path) -> None:
+    """No folder, or made for other detectors: none. A broken one is an error all the same."""
+    spec = SecondSpec("logprob", fitting=True)
+
+    def loaded() -> tuple[bool, str]:
+        second = load_second(spec, tmp_path, DETECTORS, None)
+        return second is not None, second_digest(spec, tmp_path, DETECTORS, None)
+
+    assert loaded() == (False, "")
+    shutil.copytree(TINY, tmp_path / "logprob")
+    written(tmp_path / "logprob" / "second.json", encoders=["00"])
+    assert loaded() == (False, "")
+    written(tmp_path / "logprob" / "second.json", format=2)
+    assert "format 2" in refused(spec, tmp_path)
+    written(tmp_path / "logprob" / "second.json")
+    found, digest = loaded()
+    assert found
+    assert digest == second_digest(SecondSpec("logprob"), tmp_path, DETECTORS, None)
+
+
 def test_a_server_is_asked_with_a_plan_of_ones_own(tmp_path: Path) -> None:
     """Both have to be named. A server's name of the model is all that is known of it."""
     path = written(tmp_path / "second.json")
@@ -183,6 +204,7 @@ def test_a_server_is_asked_with_a_plan_of_ones_own(tmp_path: Path) -> None:
         assert "logprob_model" in refused(SecondSpec(server.url, path), tmp_path)
         spec = SecondSpec(server.url, path, "small", key="secret", deadline_ms=30_000)
         second = load_second(spec, tmp_path, DETECTORS, None)
+        assert second is not None
         try:
             assert 0.0 < second.score(Passage("a bomb", "", ()), 0) < 1.0
             assert server.requests[0]["model"] == "small"
@@ -199,6 +221,7 @@ def test_a_helper_of_ones_own_is_made_as_a_detector_is(tmp_path: Path) -> None:
     """python:module:attr, called without arguments."""
     path = written(tmp_path / "second.json", aggregation="token")
     second = load_second(SecondSpec(PYTHON, path), tmp_path, DETECTORS, None)
+    assert second is not None
     assert second.score(Passage("second=0.5", "", ()), 0) == pytest.approx(0.2689, abs=1e-4)
     assert "logprob_plan" in refused(SecondSpec(PYTHON), tmp_path)
     assert "no 'Nobody'" in refused(SecondSpec("python:tests.fakes:Nobody", path), tmp_path)
