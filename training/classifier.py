@@ -31,7 +31,7 @@ from training.windows import Sample, capped, samples
 
 _HELD_OUT: Final = 800  # rows from whose windows those come whose loss picks the weights
 _WINDOWS: Final = 1_200
-_OWN: Final = 4_000  # rows of our own texts: variants of some two thousand frames
+_OWN: Final = 9_000  # rows of our own texts: variants of some six thousand frames
 
 
 @dataclass(frozen=True)

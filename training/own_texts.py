@@ -22,7 +22,8 @@ TEXTS: Final = Path(__file__).with_name("texts")
 SOURCES: Final = (
     "own_privacy", "own_misinformation", "own_illegal", "own_violence", "own_sexual", "own_hate",
     "own_self_harm_other", "own_lookalikes", "own_counterspeech", "own_refusals",
-    "own_harmless_replies",
+    "own_harmless_replies", "own_answers_crime", "own_answers_people", "own_answers_danger",
+    "own_requests",
 )  # fmt: skip
 
 _HEAD: Final = re.compile(
