@@ -56,11 +56,13 @@ train: .venv-train/.done ## detectors from data to models/: make train DATA=fold
 	$(TRAIN) --base mpnet --frozen 4 --rows 14000 --steps 330 --learning-rate 4e-5 --seed 19 --out runs/teacher
 	$(TRAIN) --rows 25000 --no-own --out runs/first
 	$(TRAIN) --rows 9000 --seed 23 --learning-rate 8e-5 --start-from runs/first/model.pt --teacher runs/teacher --out runs/student
-	.venv-train/bin/python -m export --checkpoint runs/student --data $(DATA) --out models
+	$(TRAIN) --rows 14000 --steps 600 --seed 31 --learning-rate 7e-5 --start-from runs/student/model.pt --out runs/later
+	.venv-train/bin/python -m training.average --runs runs/student runs/later --out runs/averaged
+	.venv-train/bin/python -m export --checkpoint runs/averaged --data $(DATA) --out models
 	.venv-train/bin/python -m training.words --data $(DATA) --out runs/words
 	.venv-train/bin/python -m export.words --run runs/words --data $(DATA) --out models/words
 	.venv-train/bin/python -m export.combined --models models/toxicity models/context --name encoders --data $(DATA)
-	.venv-train/bin/python -m export.combined --models models/toxicity models/context models/words --data $(DATA)
+	.venv-train/bin/python -m export.combined --models models/toxicity models/words models/context --first 2 --data $(DATA)
 
 train-logprob: .venv-train/.done ## the language model of the second look, and its band: make train-logprob DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make train-logprob DATA=folder"; exit 2; }

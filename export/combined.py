@@ -18,12 +18,13 @@ from scipy.optimize import minimize
 
 from detectors.calibrate import Calibration, sigmoid
 from detectors.combine import FILE, BoolArray, log_odds
-from detectors.harms import COLUMNS, THRESHOLD_KEYS
+from detectors.harms import COLUMNS, HARMFUL, THRESHOLD_KEYS
 from detectors.load import load_detectors
 from detectors.protocol import FloatArray
 from export import card, figures, manifest
 from training import measure, scores, thresholds
 from training.measure import Labelled, Scored, stacked
+from training.metrics import auroc
 from training.rows import Row
 from training.scores import OfFolder
 
@@ -33,6 +34,7 @@ _RIDGE: Final = 1e-3  # of the squared weights, against the mean loss of a row
 _SAMPLE: Final = 40  # rows of a known source
 _SHARES: Final = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 _LOST: Final = 0.01  # of what is rightly blocked
+_UNRANKED: Final = 0.001  # of an AUROC
 
 
 class Read(NamedTuple):
@@ -173,7 +175,8 @@ def stage(read: Mapping[str, Read], whole: Weights, count: int) -> Staged:
     """The first `count` detectors' own weights, and how low their scores must be to settle it.
 
     Each column's limit is the same share of its threshold: the largest at which, of the rows that
-    all detectors together would rightly block, at most _LOST pass.
+    all detectors together would rightly block, at most _LOST pass, and by which `harmful` ranks
+    rows next to as well, its AUROC being at most _UNRANKED lower.
     """
     first = learn(read["calibrate"].only(count))
     chosen = figures.choose({name: some.together(whole) for name, some in read.items()}, PLAIN)
@@ -182,10 +185,17 @@ def stage(read: Mapping[str, Read], whole: Weights, count: int) -> Staged:
     rightly = measure.blocked(judged, PLAIN, chosen) * [max(row.targets) for row in judged.rows] > 0
     for share in _SHARES:
         staged = Staged(first, whole, share * limits)
-        still = measure.blocked(read["calibrate"].together(staged), PLAIN, chosen) > 0
-        if (rightly & ~still).sum() <= _LOST * rightly.sum():
+        found = read["calibrate"].together(staged)
+        still = measure.blocked(found, PLAIN, chosen) > 0
+        lost = (rightly & ~still).sum() / max(1, rightly.sum())
+        if lost <= _LOST and _ranked(judged) - _ranked(found) <= _UNRANKED:
             return staged
     raise ValueError(f"the first {count} detectors pass too much that is harmful: ask all at once")
+
+
+def _ranked(scored: Scored) -> float:
+    labelled = scored.labels(COLUMNS.index(HARMFUL))
+    return float(auroc(labelled.targets, labelled.logits))
 
 
 def learn(some: Read) -> Weights:

@@ -225,8 +225,8 @@ class Settings(BaseSettings):
     review_key: SecretStr | None = None  # the same for all workers: what is picked is then a secret
 
     # detectors
-    # folders under `models`, or python:module:factory; these: a segment alone, in context, by words
-    detectors: tuple[str, ...] = ("toxicity", "context", "words")
+    # folders under `models`, or python:module:factory; these: a segment alone, by words, in context
+    detectors: tuple[str, ...] = ("toxicity", "words", "context")
     models: Path = HERE / "models"
     infer_threads: int = Field(2, ge=1)  # one session, called from this many threads
     max_batch_tokens: int = Field(1_024, ge=1)  # padded; one batch a thread at a time

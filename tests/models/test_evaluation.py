@@ -76,7 +76,7 @@ def _record(one: Row) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "names", [("toxicity",), ("toxicity", "context"), ("toxicity", "context", "words")]
+    "names", [("toxicity",), ("toxicity", "context"), ("toxicity", "words", "context")]
 )
 def test_scores_and_verdicts_are_those_of_moderate(names: tuple[str, ...]) -> None:
     """Models, what they make together, the second look where it is for them, keywords, short
