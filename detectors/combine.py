@@ -15,11 +15,10 @@ from typing import Final, Protocol
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from detectors.calibrate import sigmoid
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
-from detectors.protocol import FloatArray
+from detectors.protocol import BoolArray, FloatArray
 
 FILE: Final = "combination.json"
 _FILES: Final = "combination*.json"
@@ -43,9 +42,6 @@ class Named(Protocol):
     def digest(self) -> str:
         """Hex."""
         ...
-
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 class First(msgspec.Struct, frozen=True):
@@ -74,9 +70,7 @@ class Combination(msgspec.Struct, frozen=True):
         """(B,) whether the first detectors suffice. scores: (asked_first or more, B, 7)."""
         if self.first is None:
             return np.zeros(scores.shape[1], dtype=bool)
-        below = np.array([self.first.below[column] for column in COLUMNS])
-        early = self._early(self.first, scores)
-        return np.asarray((early < below).all(axis=1))  # NaN is below nothing
+        return self._early(self.first, scores)[1]
 
     def combined(self, scores: FloatArray) -> FloatArray:
         """(B, 7) probabilities of (D, B, 7) probabilities; NaN where any that counts is.
@@ -86,16 +80,19 @@ class Combination(msgspec.Struct, frozen=True):
         whole = _mixed(scores, self.weights)
         if self.first is None:
             return whole
-        early = self._early(self.first, scores)
-        return np.where(self.settled(scores)[:, None], early, whole)
+        early, settled = self._early(self.first, scores)
+        return np.where(settled[:, None], early, whole)
 
     @staticmethod
-    def _early(first: First, scores: FloatArray) -> FloatArray:
-        return _mixed(scores[: first.detectors], first.weights)
+    def _early(first: First, scores: FloatArray) -> tuple[FloatArray, BoolArray]:
+        """(B, 7) by the first detectors alone, and (B,) whether that settles it."""
+        early = _mixed(scores[: first.detectors], first.weights)
+        below = np.array([first.below[column] for column in COLUMNS])
+        return early, np.asarray((early < below).all(axis=1))  # NaN is below nothing
 
 
 def _mixed(scores: FloatArray, weights: Mapping[str, Sequence[float]]) -> FloatArray:
-    """(B, 7) of (D, B, 7)."""
+    """(B, 7) probabilities of (D, B, 7): the weighted sum of log-odds, and the intercept."""
     table = np.array([weights[column] for column in COLUMNS])  # (7, D + 1)
     total = np.einsum("dbc,cd->bc", log_odds(scores), table[:, :-1]) + table[:, -1]  # (B, 7)
     return sigmoid(total).round(_DECIMALS)

@@ -17,10 +17,10 @@ import numpy as np
 from scipy.optimize import minimize
 
 from detectors.calibrate import Calibration, sigmoid
-from detectors.combine import FILE, BoolArray, log_odds
+from detectors.combine import FILE, log_odds
 from detectors.harms import COLUMNS, HARMFUL, THRESHOLD_KEYS
 from detectors.load import load_detectors
-from detectors.protocol import FloatArray
+from detectors.protocol import BoolArray, FloatArray
 from export import card, figures, manifest
 from training import measure, scores, thresholds
 from training.measure import Labelled, Scored, stacked
@@ -90,13 +90,14 @@ class Staged(NamedTuple):
 
     def settled(self, said: FloatArray) -> BoolArray:
         """(S,) of (S, D, 7) log-odds."""
-        early = sigmoid(self.first.of(said[:, : len(self.first.slopes)]))
-        return np.asarray((early < self.below).all(axis=1))
+        return np.asarray((sigmoid(self._early(said)) < self.below).all(axis=1))
 
     def of(self, said: FloatArray) -> FloatArray:
         """(S, 7) of (S, D, 7) log-odds."""
-        early = self.first.of(said[:, : len(self.first.slopes)])
-        return np.where(self.settled(said)[:, None], early, self.whole.of(said))
+        return np.where(self.settled(said)[:, None], self._early(said), self.whole.of(said))
+
+    def _early(self, said: FloatArray) -> FloatArray:
+        return self.first.of(said[:, : len(self.first.slopes)])
 
     def share(self, some: Read) -> float:
         """Of all segments, those that are settled."""

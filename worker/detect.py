@@ -64,14 +64,14 @@ def score(
     no probability are NaN. Raises DetectorError.
     """
     first = combination.asked_first if combination else len(detectors)
-    stacked = _scores(detectors[:first], batch, first)
+    stacked = _scores(detectors[:first], batch)
     left = np.ones(len(batch), dtype=bool)
     if combination and first < len(detectors):
         left = ~combination.settled(stacked)
         more = np.full((len(detectors) - first, *stacked.shape[1:]), np.nan)
         if left.any():
             rows = [row for row, asked in zip(batch, left.tolist(), strict=True) if asked]
-            more[:, left] = _scores(detectors[first:], rows, len(detectors), first)
+            more[:, left] = _scores(detectors[first:], rows, first)
         stacked = np.concatenate([stacked, more])  # (D, B, 7)
     whole = combination.combined(stacked) if combination else combine.highest(stacked)  # (B, 7)
     asked = np.where(np.arange(len(detectors))[:, None] < first, True, left)  # (D, B)
@@ -84,13 +84,14 @@ def score(
 
 
 def _scores(
-    detectors: Sequence[Detector], batch: Sequence[tuple[Encoded, ...]], end: int, begin: int = 0
+    detectors: Sequence[Detector], batch: Sequence[tuple[Encoded, ...]], begin: int = 0
 ) -> FloatArray:
-    """(D, B, 7) of the detectors that read the parts `begin` to `end` of each row."""
+    """(D, B, 7) of the detectors that read the parts of each row from `begin` on; NaN where what
+    one gives is no probability. Raises DetectorError."""
     try:
         matrices = [
             np.asarray(detector.score([row[i] for row in batch]), dtype=np.float64)
-            for i, detector in zip(range(begin, end), detectors, strict=True)
+            for i, detector in enumerate(detectors, begin)
         ]  # D times (B, 7)
     except Exception as error:
         msg = f"scoring failed: {type(error).__name__}"
