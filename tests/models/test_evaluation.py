@@ -64,7 +64,9 @@ def said_by_moderate(
     async def chunks() -> AsyncIterator[list[Line]]:
         yield [Line(number, _record(one)) for number, one in enumerate(some, 1)]
 
-    settings = Settings(models=MODELS, detectors=detectors, hold_timeout_ms=60_000)
+    settings = Settings(
+        models=MODELS, detectors=detectors, hold_timeout_ms=600_000, logprob_deadline_ms=300_000
+    )
     asyncio.run(Offline(settings, write, lambda *_: None).run(chunks()))
     return lines
 

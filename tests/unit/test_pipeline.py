@@ -330,7 +330,8 @@ async def test_what_costs_no_tokens_neither_fills_a_batch_nor_is_counted() -> No
         async with Pipeline(chosen, [*others, scripted]) as pipeline:
             await asyncio.sleep(0.01)
             lane = pipeline.lane("in", 0)
-            works = [lane.feed(i, 0, None, value, 0.0, 0) for i, value in enumerate(values)]
+            now = pipeline.clock()
+            works = [lane.feed(i, 0, None, value, now, 0) for i, value in enumerate(values)]
             pipeline.submit(lane, [work for some in works for work in some])
             while lane.open_streams or pipeline.waiting:
                 await asyncio.sleep(0.005)
