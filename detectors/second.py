@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 
 from detectors.combine import Combination, Named
-from detectors.harms import COLUMNS
+from detectors.harms import COLUMNS, HARMFUL
 from detectors.logprob import Affine, Aggregation, Helper, LogProb
 from detectors.prompts import PROMPTS, SHORT_LIMITS, ClassPrompts, Limits
 from detectors.protocol import Passage
@@ -93,12 +93,21 @@ class Second:
     def uncertain(self, scores: Sequence[float], thresholds: Sequence[float]) -> tuple[int, ...]:
         """Columns whose score lies inside its band, both ends included; mostly none.
 
+        `harmful` is none of them where another harm is above its threshold for sure: it counts for
+        what no harm explains (worker/decide.py), so no answer could change a verdict.
+
         scores: (7,) as harms.COLUMNS. thresholds: (7,) as harms.THRESHOLD_KEYS.
         """
-        return tuple(
+        columns = tuple(
             column for column, band in self._asked
             if thresholds[column] - band.below <= scores[column] <= thresholds[column] + band.above
         )  # fmt: skip
+        explained = any(
+            scores[column] > thresholds[column]
+            for column, name in enumerate(COLUMNS)
+            if name != HARMFUL and column not in columns
+        )
+        return tuple(it for it in columns if not (explained and COLUMNS[it] == HARMFUL))
 
     def score(self, passage: Passage, column: int) -> float:
         """The calibrated probability, 0..1, that a column's harm is there.

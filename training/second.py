@@ -288,6 +288,7 @@ def banded(
 ) -> tuple[second.Plan, Table]:
     """The band of each harm: the most right decisions gained, with an interval above 0, if any."""
     thresholds = thresholds_of(detectors, combination)
+    limits = np.array([thresholds[key] for key in THRESHOLD_KEYS])
     scores = [
         np.concatenate(together([[d.score(d.encode(it.passages))] for d in detectors], combination))
         for it in sets
@@ -301,6 +302,8 @@ def banded(
         for of, scored, known in zip(sets[:2], scores, harmful, strict=False):
             targets, sure = of.labels(column)
             near = (np.abs(scored[:, column] - threshold) <= max(WIDTHS)) & sure
+            if name == HARMFUL:  # as Second.uncertain asks
+                near &= (scored[:, :-1] <= limits[:-1]).all(axis=1)
             said = (
                 known.only(near) if name == HARMFUL
                 else tails(helper, PROMPTS[name], only(of.passages, near))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from detectors import second as seconds
+from detectors.harms import COLUMNS
 from detectors.logprob import Affine, Helper, HelperError
 from detectors.protocol import Encoded, FloatArray, Passage
 from detectors.second import Band, Plan, Second
@@ -132,6 +133,29 @@ async def test_only_the_uncertain_harms_scores_are_replaced() -> None:
     assert made.scores["violence"] == pytest.approx(0.2)
     assert (made.scores["hate_speech"], made.harmful) == (0.0, 0.5)
     assert len(helper.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("violence", "hate", "asked"),
+    [
+        (0.0, 0.0, ("harmful",)),
+        (0.5, 0.0, ("violence", "harmful")),  # it may turn out to be nothing
+        (0.0, 0.5, ("harmful",)),  # a score equal to its threshold does not count
+        (0.0, 0.51, ()),
+        (0.5, 0.51, ("violence",)),
+        (0.61, 0.0, ()),
+    ],
+)
+def test_harmful_is_not_asked_about_where_a_harm_explains_the_verdict(
+    violence: float, hate: float, asked: tuple[str, ...]
+) -> None:
+    """No answer could change what is decided; a harm that is uncertain itself explains nothing."""
+    lines = {"violence": Affine(1.0, 0.0), "harmful": Affine(1.0, 0.0)}
+    bands = {"violence": Band(0.1, 0.1), "harmful": Band(0.1, 0.1)}
+    second = second_of(SaysHelper(), second_plan(calibration=lines, band=bands))
+    scores = {"violence": violence, "hate_speech": hate, "harmful": 0.5}
+    columns = second.uncertain([scores.get(name, 0.0) for name in COLUMNS], [0.5] * len(COLUMNS))
+    assert tuple(COLUMNS[column] for column in columns) == asked
 
 
 async def test_off_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
