@@ -49,6 +49,7 @@ class Settings:
     warm_up: float = 0.06  # share of the steps
     threads: int = 2
     save_every: int = 50  # steps
+    patience: int = 3  # looks at the held-out loss without a better one end the run
     rows: int = 0  # of the packs at most, for a quick try; 0 = all
     steps: int = 0  # at most; 0 = a whole pass an epoch
     start_from: str = ""  # a model.pt of an earlier run; empty: the base
@@ -86,6 +87,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=Settings.rows, help="at most; 0 = all")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="at most; 0 = all")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument(
+        "--patience", type=int, default=Settings.patience,
+        help="early stopping: looks, of 8, without a better held-out loss; 8 = never",
+    )  # fmt: skip
     parser.add_argument("--start-from", default=Settings.start_from, help="an earlier model.pt")
     parser.add_argument("--teacher", default=Settings.teacher, help="run folder to distil")
     parser.add_argument("--no-own", dest="own", action="store_false", help="public packs alone")
@@ -130,7 +135,7 @@ def train(run: Path, parts: Parts, settings: Settings) -> None:
         run, judge, _groups(judge, settings),
         loss=lambda batch: _loss(judge, batch, settings.soft_share),
         held_out=lambda: _mean_loss(judge, held_out, settings.batch_tokens),
-        steps=steps, pace=Pace(settings.warm_up, settings.save_every),
+        steps=steps, pace=Pace(settings.warm_up, settings.save_every, patience=settings.patience),
     ).go()  # fmt: skip
 
 
