@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from detectors.calibrate import sigmoid
-from detectors.harms import COLUMNS, THRESHOLD_KEYS
+from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS, THRESHOLD_KEYS
 from detectors.protocol import BoolArray, FloatArray
 
 FILE: Final = "combination.json"
@@ -72,16 +72,16 @@ class Combination(msgspec.Struct, frozen=True):
             return np.zeros(scores.shape[1], dtype=bool)
         return self._early(self.first, scores)[1]
 
-    def combined(self, scores: FloatArray) -> FloatArray:
+    def combined(self, scores: FloatArray, settled: BoolArray | None = None) -> FloatArray:
         """(B, 7) probabilities of (D, B, 7) probabilities; NaN where any that counts is.
 
-        Of a segment that is `settled` only the first detectors' count.
+        settled: (B,) where only the first detectors' count, as `settled` gives it unless told.
         """
         whole = _mixed(scores, self.weights)
         if self.first is None:
             return whole
-        early, settled = self._early(self.first, scores)
-        return np.where(settled[:, None], early, whole)
+        early, by_them = self._early(self.first, scores)
+        return np.where((by_them if settled is None else settled)[:, None], early, whole)
 
     @staticmethod
     def _early(first: First, scores: FloatArray) -> tuple[FloatArray, BoolArray]:
@@ -131,9 +131,11 @@ def read(folder: Path, detectors: Sequence[Named]) -> Combination | None:
 
 
 def _decoded(path: Path) -> Combination:
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         found = msgspec.json.decode(content, type=Combination)
+    except OSError as error:
+        raise CombinationError(f"{path}: {error.strerror}") from error
     except msgspec.DecodeError as error:
         raise CombinationError(f"{path.name}: {error}") from error
     return msgspec.structs.replace(found, digest=sha256(content).hexdigest())
@@ -141,11 +143,11 @@ def _decoded(path: Path) -> Combination:
 
 def _check(found: Combination) -> None:
     _check_weights(found.weights, len(found.detectors), "weights")
-    if found.first is not None:
-        _check_first(found.first, len(found.detectors))
     for harm, threshold in found.thresholds.items():
         if harm not in THRESHOLD_KEYS or not 0.0 <= threshold <= 1.0:
             raise CombinationError(f"{FILE}: thresholds: {harm}: unknown, or outside 0..1")
+    if found.first is not None:
+        _check_first(found.first, len(found.detectors), DEFAULT_THRESHOLDS | found.thresholds)
 
 
 def _check_weights(weights: Mapping[str, Sequence[float]], detectors: int, field: str) -> None:
@@ -158,15 +160,18 @@ def _check_weights(weights: Mapping[str, Sequence[float]], detectors: int, field
             raise CombinationError(f"{FILE}: {field}: {column}: a higher score must count for more")
 
 
-def _check_first(first: First, detectors: int) -> None:
+def _check_first(first: First, detectors: int, thresholds: Mapping[str, float]) -> None:
     if not 0 < first.detectors < detectors:
         raise CombinationError(f"{FILE}: first.detectors: some of the {detectors}, and not all")
     _check_weights(first.weights, first.detectors, "first.weights")
     if set(first.below) != set(COLUMNS):
         raise CombinationError(f"{FILE}: first.below: need {', '.join(COLUMNS)}")
-    for column, below in first.below.items():
-        if not 0.0 <= below <= 1.0:
-            raise CombinationError(f"{FILE}: first.below: {column}: a probability, 0 to 1")
+    for column, key in zip(COLUMNS, THRESHOLD_KEYS, strict=True):
+        if not 0.0 <= first.below[column] <= thresholds[key]:
+            raise CombinationError(
+                f"{FILE}: first.below: {column}: 0 to its threshold, {thresholds[key]}: "
+                "what is above is not harmless"
+            )
 
 
 def highest(scores: FloatArray) -> FloatArray:

@@ -9,6 +9,7 @@ import msgspec
 
 from detectors import combine, second
 from detectors.combine import Combination
+from detectors.harms import DEFAULT_THRESHOLDS
 from detectors.logprob import Helper
 from detectors.protocol import Detector
 from detectors.second import Plan, Second
@@ -60,6 +61,22 @@ def load_combination(models: Path, detectors: Sequence[Detector]) -> Combination
         raise LoadError(str(error)) from error
 
 
+def shipped_thresholds(
+    detectors: Sequence[Detector], combination: Combination | None = None
+) -> dict[str, float]:
+    """The thresholds that the models bring, by THRESHOLD_KEYS; the defaults where they bring none.
+
+    Of two detectors that bring one, the first counts. Those of a combination are for what comes
+    out of it, so they count before all.
+    """
+    merged = dict(DEFAULT_THRESHOLDS)
+    for detector in reversed(detectors):
+        merged.update(detector.thresholds)
+    if combination is not None:
+        merged.update(combination.thresholds)
+    return merged
+
+
 def load_second(
     spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
 ) -> Second | None:
@@ -72,7 +89,8 @@ def load_second(
         if plan is None:
             return None
         digest = plan.digest(_helper_digest(spec, models))
-        return Second(plan, _helper(spec, models, plan), digest)
+        shipped = shipped_thresholds(detectors, combination)
+        return Second(plan, _helper(spec, models, plan), digest, shipped)
     except (OSError, ValueError) as error:
         raise LoadError(f"logprob {spec.name!r}: {error}") from error
 
@@ -101,18 +119,18 @@ def _plan(
         raise ValueError(f"no folder holds its {second.FILE}: name the file in logprob_plan")
     if spec.name.startswith(_SERVERS) and not spec.model:
         raise ValueError("name the server's model in logprob_model")
-    path = spec.plan or models / spec.name
+    plan = None
+    if spec.fitting:
+        try:
+            plan = second.read(models / spec.name, expected)
+        except second.OtherDetectorsError:
+            return None
     if not elsewhere and not (models / spec.name / "manifest.json").is_file():
         raise ValueError(
             f"no manifest.json in {models / spec.name}. "
             "Build one with `python -m export.causal`, or name a server, http://...:8000/v1"
         )
-    try:
-        return second.read(path, expected)
-    except second.OtherDetectorsError:
-        if spec.fitting:
-            return None
-        raise
+    return plan or second.read(spec.plan or models / spec.name, expected)
 
 
 def _helper_digest(spec: SecondSpec, models: Path) -> str:

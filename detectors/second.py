@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 
 from detectors.combine import Combination, Named
-from detectors.harms import COLUMNS, HARMFUL
+from detectors.harms import COLUMNS, HARMFUL, THRESHOLD_KEYS
 from detectors.logprob import Affine, Aggregation, Helper, LogProb
 from detectors.prompts import PROMPTS, SHORT_LIMITS, ClassPrompts, Limits
 from detectors.protocol import Passage
@@ -77,8 +77,14 @@ class Plan(msgspec.Struct, frozen=True):
 class Second:
     """A language model that looks again where the encoders are uncertain. As thread-safe as it."""
 
-    def __init__(self, plan: Plan, helper: Helper, digest: str) -> None:
-        """digest: hex, of everything that can move a score."""
+    def __init__(
+        self, plan: Plan, helper: Helper, digest: str, shipped: Mapping[str, float]
+    ) -> None:
+        """digest: hex, of everything that can move a score.
+
+        shipped: by THRESHOLD_KEYS, the thresholds that the plan's bands were chosen around.
+        """
+        self._shipped = tuple(shipped[key] for key in THRESHOLD_KEYS)
         self._helper = helper
         self.digest = digest
         self._asked = [_Asked(COLUMNS.index(it), band) for it, band in plan.bands().items()]
@@ -93,14 +99,18 @@ class Second:
     def uncertain(self, scores: Sequence[float], thresholds: Sequence[float]) -> tuple[int, ...]:
         """Columns whose score lies inside its band, both ends included; mostly none.
 
-        `harmful` is none of them where another harm is above its threshold for sure: it counts for
-        what no harm explains (worker/decide.py), so no answer could change a verdict.
+        The band holds what is uncertain by the threshold it was chosen around and by the one that
+        is given: elsewhere the answers' calibration means nothing. At a threshold of 1 nobody is
+        asked, nor about `harmful` where another harm is surely above its threshold: `harmful`
+        counts for what no harm explains (worker/decide.py).
 
         scores: (7,) as harms.COLUMNS. thresholds: (7,) as harms.THRESHOLD_KEYS.
         """
         columns = tuple(
             column for column, band in self._asked
-            if thresholds[column] - band.below <= scores[column] <= thresholds[column] + band.above
+            if thresholds[column] < 1.0
+            and max(thresholds[column], self._shipped[column]) - band.below <= scores[column]
+            <= min(thresholds[column], self._shipped[column]) + band.above
         )  # fmt: skip
         explained = any(
             scores[column] > thresholds[column]
@@ -153,12 +163,12 @@ def read(path: Path, expected: Sequence[str]) -> Plan:
         raise SecondError(f"{path}: {error.strerror}; it says when the model is asked") from error
     except msgspec.DecodeError as error:
         raise SecondError(f"{path}: {error}") from error
-    _check(plan, path)
     if plan.encoders != tuple(expected):
         raise OtherDetectorsError(
             f"{path}: its band was chosen with other detectors "
             f"({_short(plan.encoders)}; these are {_short(expected)}): choose it again"
         )
+    _check(plan, path)
     return plan
 
 

@@ -115,6 +115,15 @@ class SaysDetector(HashDetector):
         return rows
 
 
+class AtHalfDetector(SaysDetector):
+    """Brings the threshold that the bands of these tests are around."""
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """By THRESHOLD_KEYS."""
+        return {"violence": 0.5}
+
+
 class SaysHelper:
     """A language model that finds a text as harmful as it says, as in "second=0.31"; else 0.5.
 

@@ -9,7 +9,7 @@ reported on others. FOLDER gets second.json (detectors/second.py), --out logprob
 import argparse
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -22,8 +22,8 @@ from detectors import second
 from detectors.calibrate import sigmoid
 from detectors.causal import LocalHelper
 from detectors.combine import Combination
-from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS, HARMFUL, THRESHOLD_KEYS
-from detectors.load import load_combination, load_detector
+from detectors.harms import COLUMNS, HARMFUL, THRESHOLD_KEYS
+from detectors.load import load_combination, load_detector, shipped_thresholds
 from detectors.logprob import (
     IDENTITY,
     Affine,
@@ -140,9 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan, bands = banded(detectors, combination, helper, sets, found, aggregation)
     second.write(given.model / second.FILE, plan)
     said.append(bands)
-    looks = second.Second(plan, helper, "")
     chosen = read_sets(given.data, _SAMPLE)
-    thresholds = thresholds_of(detectors, combination)
+    thresholds = shipped_thresholds(detectors, combination)
+    looks = second.Second(plan, helper, "", thresholds)
     said.append(
         replies(looks, detectors, combination, thresholds, chosen, given.models, given.runs)
     )
@@ -271,13 +271,6 @@ def _ranked(targets: FloatArray, margins: FloatArray, inside: FloatArray) -> flo
     return float(auroc(targets[inside], margins[inside]))
 
 
-def thresholds_of(
-    detectors: Sequence[Detector], combination: Combination | None
-) -> Mapping[str, float]:
-    """Those that ship with them, by THRESHOLD_KEYS."""
-    return {**DEFAULT_THRESHOLDS, **(combination or detectors[0]).thresholds}
-
-
 def banded(
     detectors: Sequence[Detector],
     combination: Combination | None,
@@ -287,7 +280,7 @@ def banded(
     aggregation: Aggregation,
 ) -> tuple[second.Plan, Table]:
     """The band of each harm: the most right decisions gained, with an interval above 0, if any."""
-    thresholds = thresholds_of(detectors, combination)
+    thresholds = shipped_thresholds(detectors, combination)
     limits = np.array([thresholds[key] for key in THRESHOLD_KEYS])
     scores = [
         np.concatenate(together([[d.score(d.encode(it.passages))] for d in detectors], combination))

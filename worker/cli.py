@@ -135,10 +135,14 @@ async def _learn(settings: Settings) -> None:
 
 def _shipped(settings: Settings) -> tuple[dict[str, float], str]:
     """The detectors' own thresholds, and how decisions name them."""
-    from detectors.load import load_combination, load_detectors, second_digest
+    from detectors.load import (
+        load_combination,
+        load_detectors,
+        second_digest,
+        shipped_thresholds,
+    )
     from worker.detect import model_id
     from worker.second import spec_of
-    from worker.thresholds import shipped_thresholds
 
     detectors = load_detectors(settings.detectors, settings.models)
     combination = load_combination(settings.models, detectors)

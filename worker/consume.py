@@ -94,6 +94,7 @@ class Worker(ConsumerRebalanceListener):
     async def run(self) -> None:
         """Work until `stop`. Raises Stop, and whatever a step could not handle."""
         settings = self._settings
+        log.info("models.loaded", **self._pipeline.loaded)
         rebalance_ms = settings.session_timeout_ms * 3 // 2
         # Joining takes until the dead have lost their sessions. Who gives up before that leaves one
         # more dead member behind.

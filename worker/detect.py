@@ -37,49 +37,62 @@ def encode(detectors: Sequence[Detector], passages: Sequence[Passage]) -> list[t
     """For each passage what each detector reads. Raises DetectorError."""
     try:
         columns = [detector.encode(passages) for detector in detectors]
+        missing = [
+            detector.name for detector, column in zip(detectors, columns, strict=True)
+            if len(column) != len(passages) or not all(row.windows for row in column)
+        ]  # fmt: skip
     except Exception as error:
         msg = f"encoding failed: {type(error).__name__}"
         raise DetectorError(msg) from error
+    if missing:
+        raise DetectorError(f"{', '.join(missing)}: encode gives no window for each passage")
     return list(zip(*columns, strict=True))
 
 
 def judge(
-    detectors: Sequence[Detector], passage: Passage, combination: Combination | None = None
-) -> tuple[tuple[Encoded, ...], Scored, float]:
+    detectors: Sequence[Detector], passage: Passage, combination: Combination | None = None,
+    whole: bool = False,
+) -> tuple[tuple[Encoded, ...], Scored, float]:  # fmt: skip
     """`encode` and `score` of one passage, and the milliseconds that the first took."""
     start = time.perf_counter()
     (encoded,) = encode(detectors, [passage])
     encode_ms = (time.perf_counter() - start) * 1e3
-    return encoded, score(detectors, [encoded], combination)[0], encode_ms
+    return encoded, score(detectors, [encoded], combination, [whole])[0], encode_ms
 
 
 def score(
     detectors: Sequence[Detector], batch: Sequence[tuple[Encoded, ...]],
-    combination: Combination | None = None,
+    combination: Combination | None = None, whole: Sequence[bool] = (),
 ) -> list[Scored]:  # fmt: skip
     """What the detectors say of each passage.
 
     Of several detectors' scores the highest counts, unless a combination was learnt; that may also
     leave it at the first detectors for a passage that they settle. Columns in which a detector gave
     no probability are NaN. Raises DetectorError.
+
+    whole: for which passages every detector is asked, whatever the first ones find; empty: none.
     """
     first = combination.asked_first if combination else len(detectors)
     stacked = _scores(detectors[:first], batch)
     left = np.ones(len(batch), dtype=bool)
     if combination and first < len(detectors):
-        left = ~combination.settled(stacked)
+        left = ~combination.settled(stacked) | np.array(whole or [False] * len(batch))
         more = np.full((len(detectors) - first, *stacked.shape[1:]), np.nan)
         if left.any():
             rows = [row for row, asked in zip(batch, left.tolist(), strict=True) if asked]
             more[:, left] = _scores(detectors[first:], rows, first)
         stacked = np.concatenate([stacked, more])  # (D, B, 7)
-    whole = combination.combined(stacked) if combination else combine.highest(stacked)  # (B, 7)
+    combined = (
+        combination.combined(stacked, ~left) if combination else combine.highest(stacked)
+    )  # (B, 7)
     asked = np.where(np.arange(len(detectors))[:, None] < first, True, left)  # (D, B)
     tokens = (asked * _tokens(batch)).sum(axis=0)  # (B,)
     leading = np.where(asked, np.nan_to_num(stacked[:, :, -1], nan=2.0), -1.0).argmax(axis=0)
     return [
         Scored(tuple(row), detectors[lead].name, read)
-        for row, lead, read in zip(whole.tolist(), leading.tolist(), tokens.tolist(), strict=True)
+        for row, lead, read in zip(
+            combined.tolist(), leading.tolist(), tokens.tolist(), strict=True
+        )
     ]
 
 

@@ -14,7 +14,7 @@ DECISION_SECONDS = Histogram(
 PUBLISH_SECONDS = Histogram(
     "tidegate_publish_seconds", "One transaction, begin to commit.", buckets=_SECONDS
 )
-DETECTOR_FAILURES = Counter("tidegate_detector_failures", "Segments that a detector failed on.")
+DETECTOR_FAILURES = Counter("tidegate_detector_failures", "Tries to judge a segment that failed.")
 UNAVAILABLE = Counter("tidegate_unavailable", "Segments without scores at their deadline.")
 LOGPROB_UNAVAILABLE = Counter(
     "tidegate_logprob_unavailable", "Segments without their second look, by cause.", ["cause"]

@@ -25,7 +25,7 @@ from typing import Self
 import structlog
 
 from detectors.keywords import KeywordFile
-from detectors.load import load_combination, load_detectors, load_second
+from detectors.load import load_combination, load_detectors, load_second, shipped_thresholds
 from detectors.protocol import Detector, Encoded, Passage
 from detectors.second import Second
 from worker import detect, metrics
@@ -38,7 +38,7 @@ from worker.prefilter import Prefilter
 from worker.second import Answer, Question, SecondLook, spec_of
 from worker.settings import Settings
 from worker.streams import Lane, Rules
-from worker.thresholds import Thresholds, shipped_thresholds
+from worker.thresholds import Thresholds
 
 log = structlog.get_logger()
 
@@ -53,6 +53,7 @@ class Work:
     __slots__ = (
         "alone", "asked", "attempts", "done", "encoded", "harms", "infer_ms", "key", "lane",
         "longest", "partial", "prefilter_ms", "queue_ms", "rows", "segment", "tokenise_ms",
+        "whole",
     )  # fmt: skip
 
     def __init__(self, lane: Lane, segment: Segment) -> None:
@@ -64,6 +65,7 @@ class Work:
         self.harms: frozenset[str] = frozenset()  # of keywords that do not settle it
         self.partial: tuple[float, ...] | None = None  # scores of a failed try; NaN where missing
         self.alone = self.done = False
+        self.whole = False  # its tenant's thresholds are not those the first look was chosen for
         self.asked = False  # its scores are there; a second look is on its way
         self.attempts = 0
         self.queue_ms = self.prefilter_ms = self.tokenise_ms = self.infer_ms = 0.0
@@ -143,6 +145,11 @@ class Pipeline:
         # Cached are the encoders' scores, which no second look moves; its own have their own keys.
         self._prefilter = Prefilter(settings, self._keywords, self._cache, encoders, clock)
         self._second = SecondLook(second, settings, self._cache, clock, patient) if second else None
+        self.loaded = {
+            "model": model,
+            "combined": "as learnt" if self._combination else "the highest score counts",
+            "second_look": "on" if second else "off",
+        }  # what a log should say
 
     def _next_tail(self, tail: str, text: str) -> str:
         return self._keywords.current(self.clock()).next_tail(tail, text)
@@ -207,6 +214,7 @@ class Pipeline:
                 self._advance(lane, segment)
                 continue
             work = Work(lane, segment)
+            work.whole = self.thresholds.lowered(segment.stream.tenant)
             self.waiting += 1
             self._incoming.append(work)
             self._outstanding.append(work)
@@ -270,6 +278,14 @@ class Pipeline:
             self._at_once.extend(works)  # nothing to batch: one hop to a thread, not two
             self._batched.set()
             return
+        await self._encode_together([work for work in works if not work.alone])
+        for work in works:
+            if work.alone:  # it failed among others; it, or one of them, would fail these again
+                await self._encode_together([work])
+
+    async def _encode_together(self, works: Sequence[Work]) -> None:
+        if not works:
+            return
         passages = [work.passage for work in works]
         start = self.clock()
         loop = asyncio.get_running_loop()
@@ -302,6 +318,7 @@ class Pipeline:
                 rows = await loop.run_in_executor(
                     self._threads, detect.score, self.detectors,
                     [work.encoded for work in batch], self._combination,
+                    [work.whole for work in batch],
                 )  # fmt: skip
             except DetectorError as error:
                 self._failed(batch, error)
@@ -319,8 +336,9 @@ class Pipeline:
         start = self.clock()
         try:
             encoded, scored, encode_ms = await asyncio.get_running_loop().run_in_executor(
-                self._threads, detect.judge, self.detectors, work.passage, self._combination
-            )
+                self._threads, detect.judge, self.detectors, work.passage, self._combination,
+                work.whole,
+            )  # fmt: skip
         except DetectorError as error:
             self._failed([work], error)
             return
@@ -357,6 +375,8 @@ class Pipeline:
     def _judged(self, work: Work, scores: tuple[float, ...], stage: str) -> None:
         """The encoders have spoken: settle the segment, or ask where they are uncertain."""
         columns: tuple[int, ...] = ()
+        if work.harms:
+            scores = tuple(map(max, scores, keyword_scores(work.harms)))
         if self._second is not None and self._wanted(work):
             # Not those in force: what is learnt from scores must not change the scores.
             around = self.thresholds.unlearnt(work.segment.stream.tenant)

@@ -171,6 +171,8 @@ class SecondLook:
         if not done:
             self._hanging += 1
             self._failed(started, "no answer in time")
+            if self._hanging >= self._threads:
+                self._refuse_all()
             self._give_up(question, "late")
         found = await looking
         if not done:
@@ -235,6 +237,10 @@ class SecondLook:
         if self._failures == _IN_A_ROW:
             log.error("logprob.left_alone", reason=reason)
         self._breaker.failed(started, self._clock())
+        self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        """What waits would wait for nothing."""
         while not self._queue.empty():
             self._give_up(self._queue.get_nowait(), "refused")
 

@@ -1,11 +1,9 @@
 """Thresholds in force per tenant, read by decide. Pure: records are handed in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from detectors.combine import Combination
 from detectors.harms import DEFAULT_THRESHOLDS, THRESHOLD_KEYS
-from detectors.protocol import Detector
 from worker.events import ThresholdRecord
 from worker.settings import Settings
 
@@ -69,6 +67,11 @@ class Thresholds:
         set_by_operator = self._settings.tenant(tenant).thresholds
         return tuple(set_by_operator.get(harm, self._shipped[harm]) for harm in THRESHOLD_KEYS)
 
+    def lowered(self, tenant: str) -> bool:
+        """Whether the operator set one of the tenant's thresholds below the shipped one."""
+        set_by_operator = self._settings.tenant(tenant).thresholds
+        return any(value < self._shipped[harm] for harm, value in set_by_operator.items())
+
     def _compute(self, tenant: str) -> InForce:
         set_by_operator = self._settings.tenant(tenant).thresholds
         values, versions = [], [0]
@@ -79,18 +82,3 @@ class Thresholds:
             value = self._shipped[harm] if learnt is None else learnt[0]
             values.append(set_by_operator.get(harm, value))
         return InForce(tuple(values), max(versions))
-
-
-def shipped_thresholds(
-    detectors: Sequence[Detector], combination: Combination | None = None
-) -> dict[str, float]:
-    """The thresholds that the models bring; of two that bring one, the first counts.
-
-    Those of a combination are for what comes out of it, so they count before all.
-    """
-    merged: dict[str, float] = {}
-    for detector in reversed(detectors):
-        merged.update(detector.thresholds)
-    if combination is not None:
-        merged.update(combination.thresholds)
-    return merged

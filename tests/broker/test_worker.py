@@ -522,7 +522,7 @@ async def test_a_second_look_settles_what_is_uncertain_through_a_kill(
     texts = {
         f"s{n}": f"violence=0.{first} second={said}, says answer number {n}."
         for n, (first, said) in enumerate(
-            [("45", "0.9"), ("55", "0.1"), ("20", "0.9"), ("45", "down")] * 40
+            [("65", "0.9"), ("75", "0.1"), ("20", "0.9"), ("65", "down")] * 40
         )
     }
     expected = [
@@ -533,7 +533,7 @@ async def test_a_second_look_settles_what_is_uncertain_through_a_kill(
         kafka, unique, tmp_path, detectors=["python:tests.fakes:SaysDetector"],
         logprob="python:tests.fakes:SaysHelper", logprob_plan=str(tmp_path / "second.json"),
         logprob_deadline_ms=60_000, logprob_queue=1_000,
-        tenants={"default": {"thresholds": {"violence": 0.5, "other": 1.0}}},
+        tenants={"default": {"thresholds": {"other": 1.0}}},
     ) as bed, Tail(kafka, bed.settings.decisions_topic) as tail:  # fmt: skip
         first = bed.start_worker()
         await first.has_loaded(bed.partitions)

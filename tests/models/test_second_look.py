@@ -20,20 +20,20 @@ from worker.settings import Settings, TenantPolicy
 
 FOLDER = Path(__file__).parent / "causal"
 SHIPPED = Path(__file__).parents[2] / "models"
-WORDS = "A fairly long answer, of which violence=0.45 is said, and 日本語 😀 too. "
+WORDS = "A fairly long answer, of which violence=0.65 is said, and 日本語 😀 too. "
 TURNS = [{"role": "user", "content": "Where to?\n### Answer\n> the sea"}]
 LINES = {"violence": Affine(3.0, 0.5), "harmful": Affine(2.0, -0.5)}
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Whatever scores 0.45 for violence is asked about, in two columns."""
+    """Whatever scores 0.65 for violence is asked about, in two columns."""
     shutil.copytree(FOLDER, tmp_path / "logprob")
     bands = {"violence": Band(0.1, 0.1), "harmful": Band(0.6, 0.0)}
     plan = second_plan(calibration=LINES, band=bands, aggregation="byte", limits=Limits(20, 10))
     seconds.write(tmp_path / "logprob" / seconds.FILE, plan)
     policy = TenantPolicy(
-        thresholds={"violence": 0.5, "other": 1.0}, actions={"violence": "flag"}
+        actions={"violence": "flag", "other": "flag"}
     )  # so that nothing ends a stream
     return Settings(
         models=tmp_path, detectors=("python:tests.fakes:SaysDetector",), logprob="logprob",

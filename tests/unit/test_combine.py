@@ -1,5 +1,6 @@
 """How several detectors' scores become one."""
 
+import asyncio
 import json
 import math
 from collections.abc import Sequence
@@ -12,10 +13,14 @@ import pytest
 from detectors import combine
 from detectors.combine import CombinationError
 from detectors.constant import Constant
-from detectors.harms import COLUMNS, THRESHOLD_KEYS
+from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS, THRESHOLD_KEYS
+from detectors.load import LoadError, load_combination, shipped_thresholds
 from detectors.protocol import Encoded, FloatArray, Passage
+from tests.lanes import delta
 from worker import detect
-from worker.thresholds import shipped_thresholds
+from worker.events import Decision
+from worker.pipeline import Pipeline
+from worker.settings import Settings, TenantPolicy
 
 
 class Named:
@@ -138,6 +143,7 @@ def first(**changes: Any) -> dict[str, Any]:
         ({"first": first(weights={c: [1.0, 1.0, 0.0] for c in COLUMNS})}, "first.weights: viol"),
         ({"first": first(below={"violence": 0.2})}, "first.below: need violence"),
         ({"first": first(below=dict.fromkeys(COLUMNS, 1.2))}, "first.below: violence"),
+        ({"first": first(below=dict.fromkeys(COLUMNS, 0.6))}, "0 to its threshold, 0.5"),
         ({"weights": {column: [1.0, 0.0] for column in COLUMNS}}, "one a detector"),
         ({"weights": {column: [-0.1, 1.0, 0.0] for column in COLUMNS}}, "count for more"),
         ({"weights": {column: [0.0, 0.0, 0.0] for column in COLUMNS}}, "count for more"),
@@ -151,6 +157,13 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, changes: dict[str, Any],
     """A worker does not start on it, and says why."""
     with pytest.raises(CombinationError, match=says):
         combine.read(written(tmp_path, **changes), PAIR)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    """Whatever stands there under its name."""
+    (tmp_path / "combination-old.json").mkdir()
+    with pytest.raises(LoadError, match=r"combination-old\.json: Is a directory"):
+        load_combination(tmp_path, [Same("toxicity", 0.5), Same("context", 0.5)])
 
 
 class Same:
@@ -185,7 +198,9 @@ def test_the_worker_scores_with_it_and_says_so(tmp_path: Path) -> None:
         detect.model_id(pair, found)
         == f"toxicity@tototo+context@cococo+combined@{found.digest[:6]}"
     )
-    assert shipped_thresholds(pair, found) == dict.fromkeys(THRESHOLD_KEYS, 0.5)
+    assert shipped_thresholds(pair, found) == DEFAULT_THRESHOLDS | dict.fromkeys(
+        THRESHOLD_KEYS, 0.5
+    )
 
 
 def odds(p: float) -> float:
@@ -261,3 +276,40 @@ def test_a_first_look_without_a_score_settles_nothing(tmp_path: Path) -> None:
     ((scores, _, _),) = detect.score((cheap, dear), rows, found)
     assert np.isnan(scores).all()
     assert dear.asked == 1
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_tenant_below_the_shipped_thresholds_has_every_detector_asked(
+    tmp_path: Path, alone: bool
+) -> None:
+    """What is harmless by the shipped thresholds need not be by the tenant's own."""
+    chosen = Settings(
+        models=tmp_path,
+        tenants={
+            "strict": TenantPolicy(thresholds={"violence": 0.4}),
+            "lenient": TenantPolicy(thresholds={"violence": 0.9}),
+        },
+    )
+    calm = dict.fromkeys(map(str, range(20)), 0.3)
+    cheap, dear = Counting("toxicity", calm), Counting("context", dict.fromkeys(calm, 0.8))
+    staged(tmp_path, cheap, dear)
+    made: dict[str, Decision] = {}
+    async with Pipeline(chosen, [cheap, dear]) as pipeline:
+        lane = pipeline.lane("in", 0)
+        for number, tenant in enumerate(["strict", "lenient", "default"] * (1 if alone else 6)):
+            value = delta(f"{tenant}{number}", 0, f"{number} is a calm text.", True, tenant=tenant)
+            pipeline.submit(lane, lane.feed(number, 0, None, value, pipeline.clock(), 0))
+            while alone and lane.open_streams:
+                await asyncio.sleep(0.002)
+        while lane.open_streams:
+            await asyncio.sleep(0.002)
+        output = lane.take(pipeline.clock(), drain=True)
+        assert output is not None
+        made |= {it.stream_id: it for it in output.decisions}
+    for name, decision in made.items():
+        asked_all = name.startswith("strict")
+        assert decision.stage == ("context" if asked_all else "toxicity")
+        together = 0.25 * odds(0.3) + 0.5 * odds(0.8) - 1
+        expected = together if asked_all else odds(0.3) - 1
+        assert decision.harmful == pytest.approx(chance(expected), abs=1e-6)
+    assert len(made) == (3 if alone else 18)

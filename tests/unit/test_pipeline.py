@@ -178,6 +178,44 @@ async def test_one_poisonous_text_does_not_take_others_down() -> None:
     assert set(verdicts.values()) == {"allow"}
 
 
+async def test_nor_one_that_cannot_be_encoded() -> None:
+    """As above, of a detector that raises when it reads."""
+
+    class Picky(Scripted):
+        def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+            if any("poison" in passage.text for passage in passages):
+                raise ValueError("not this one")
+            return super().encode(passages)
+
+    decisions = await decide(
+        Picky(fine),
+        *(delta(f"s{n}", 0, f"{TEXT} {n}", True) for n in range(8)),
+        delta("poison", 0, f"{TEXT} poison", True),
+        hold_timeout_ms=2_000,
+    )  # fmt: skip
+    verdicts = {it.stream_id: it.verdict for it in decisions}
+    assert verdicts.pop("poison") == "block"
+    assert set(verdicts.values()) == {"allow"}
+
+
+@pytest.mark.parametrize(
+    "read", [lambda rows: rows[:-1], lambda rows: [row._replace(windows=()) for row in rows]]
+)
+async def test_a_detector_that_reads_less_than_there_is_blocks_as_unavailable(
+    read: Callable[[list[Encoded]], list[Encoded]],
+) -> None:
+    """A detector of one's own may be wrong; the worker goes on."""
+
+    class Short(Scripted):
+        def encode(self, passages: Sequence[Passage]) -> list[Encoded]:
+            return read(super().encode(passages))
+
+    decisions = await decide(
+        Short(fine), *(delta(f"s{n}", 0, f"{TEXT} {n}", True) for n in range(3))
+    )
+    assert {(it.verdict, it.reason) for it in decisions} == {("block", "unavailable")}
+
+
 class Threads(Constant):
     """Notes the threads that it is called from; scores slowly, so that others queue."""
 

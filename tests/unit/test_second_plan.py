@@ -186,8 +186,10 @@ def test_what_has_to_fit_is_left_out_where_it_does_not(tmp_path: Path) -> None:
 
     assert loaded() == (False, "")
     shutil.copytree(TINY, tmp_path / "logprob")
-    written(tmp_path / "logprob" / "second.json", encoders=["00"])
-    assert loaded() == (False, "")
+    written(tmp_path / "logprob" / "second.json", encoders=["00"], format=2)
+    (tmp_path / "logprob" / "manifest.json").rename(tmp_path / "manifest.json")
+    assert loaded() == (False, "")  # what is wrong with it is nothing to these detectors
+    (tmp_path / "manifest.json").rename(tmp_path / "logprob" / "manifest.json")
     written(tmp_path / "logprob" / "second.json", format=2)
     assert "format 2" in refused(spec, tmp_path)
     written(tmp_path / "logprob" / "second.json")
