@@ -135,6 +135,15 @@ def test_the_band_is_where_the_shipped_and_the_tenants_bands_overlap(
     assert tuple(found) == asked
 
 
+def test_at_a_threshold_of_1_nobody_is_asked() -> None:
+    """No answer exceeds it. Just below it somebody is."""
+    shipped = dict.fromkeys(THRESHOLD_KEYS, 0.9)
+    second = second_of(SaysHelper(), second_plan(band={"violence": Band(0.3, 0.05)}), shipped)
+    scores = [0.8, *[0.0] * 6]
+    assert second.uncertain(scores, [1.0, *[0.9] * 6]) == ()
+    assert second.uncertain(scores, [0.99, *[0.9] * 6]) == (0,)
+
+
 async def test_a_tenants_low_threshold_has_nobody_asked_about_harmless_text() -> None:
     """What the encoders find harmless stays so, however low the tenant's threshold."""
     policy = TenantPolicy(thresholds={"other": 1.0, "violence": 0.05})
