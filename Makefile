@@ -59,12 +59,13 @@ train: .venv-train/.done ## detectors from data to models/: make train DATA=fold
 	$(TRAIN) --rows 14000 --steps 600 --seed 31 --learning-rate 7e-5 --start-from runs/student/model.pt --out runs/later
 	.venv-train/bin/python -m training.average --runs runs/student runs/later --out runs/averaged
 	$(TRAIN) --base mpnet --layers 9 --frozen 2 --rows 28000 --steps 1000 --seed 59 --learning-rate 5e-5 --patience 8 --out runs/larger
-	.venv-train/bin/python -m export --checkpoint runs/averaged --views toxicity --data $(DATA) --out models
-	.venv-train/bin/python -m export --checkpoint runs/larger --views context --data $(DATA) --out models
+	.venv-train/bin/python -m export --checkpoint runs/averaged --data $(DATA) --out models
+	.venv-train/bin/python -m export --checkpoint runs/larger --views context_large --data $(DATA) --out models
 	.venv-train/bin/python -m training.words --data $(DATA) --out runs/words
 	.venv-train/bin/python -m export.words --run runs/words --data $(DATA) --out models/words
 	.venv-train/bin/python -m export.combined --models models/toxicity models/context --name encoders --data $(DATA)
-	.venv-train/bin/python -m export.combined --models models/toxicity models/words models/context --first 2 --data $(DATA)
+	.venv-train/bin/python -m export.combined --models models/toxicity models/words models/context --name small --first 2 --data $(DATA)
+	.venv-train/bin/python -m export.combined --models models/toxicity models/words models/context models/context_large --first 2 3 --data $(DATA)
 
 train-logprob: .venv-train/.done ## the language model of the second look, and its band: make train-logprob DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make train-logprob DATA=folder"; exit 2; }

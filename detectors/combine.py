@@ -4,8 +4,8 @@ p = sigmoid(sum over detectors of weight * log-odds + intercept), by column; wei
 dev data (export/combined.py) and kept beside the models, with the digests of those they are for.
 
 Detectors cost unlike much. Where the cheap ones that come first find a segment clearly harmless,
-their own combination counts, and the others need not be asked (`First`). Which way a segment goes
-depends on nothing but itself.
+their own combination counts, and the others need not be asked (`Stage`); so may the next ones do.
+How far a segment goes depends on nothing but itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 
 from detectors.calibrate import sigmoid
 from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS, THRESHOLD_KEYS
-from detectors.protocol import BoolArray, FloatArray
+from detectors.protocol import BoolArray, FloatArray, IntArray
 
 FILE: Final = "combination.json"
 _FILES: Final = "combination*.json"
@@ -44,12 +44,21 @@ class Named(Protocol):
         ...
 
 
-class First(msgspec.Struct, frozen=True):
+class Stage(msgspec.Struct, frozen=True):
     """What the first detectors settle by themselves."""
 
     detectors: int  # how many of them
     weights: dict[str, tuple[float, ...]]  # as Combination's, of these alone
     below: dict[str, float]  # column -> settled where every column's probability is below
+
+    def settles(self, scores: FloatArray) -> BoolArray:
+        """(B,) whether these suffice. scores: (detectors or more, B, 7) probabilities."""
+        below = np.array([self.below[column] for column in COLUMNS])
+        return np.asarray((self.combined(scores) < below).all(axis=1))  # NaN is below nothing
+
+    def combined(self, scores: FloatArray) -> FloatArray:
+        """(B, 7) by these alone."""
+        return _mixed(scores[: self.detectors], self.weights)
 
 
 class Combination(msgspec.Struct, frozen=True):
@@ -58,37 +67,27 @@ class Combination(msgspec.Struct, frozen=True):
     detectors: dict[str, str]  # name -> digest, in the order of the weights
     weights: dict[str, tuple[float, ...]]  # column -> one weight a detector, then the intercept
     thresholds: dict[str, float]  # by THRESHOLD_KEYS
-    first: First | None = None  # None: all are always asked
+    stages: tuple[Stage, ...] = ()  # of ever more detectors; none: all are always asked
     digest: str = ""  # of the file
 
-    @property
-    def asked_first(self) -> int:
-        """How many detectors every segment goes through."""
-        return self.first.detectors if self.first else len(self.detectors)
-
-    def settled(self, scores: FloatArray) -> BoolArray:
-        """(B,) whether the first detectors suffice. scores: (asked_first or more, B, 7)."""
-        if self.first is None:
-            return np.zeros(scores.shape[1], dtype=bool)
-        return self._early(self.first, scores)[1]
-
-    def combined(self, scores: FloatArray, settled: BoolArray | None = None) -> FloatArray:
+    def combined(self, scores: FloatArray, asked: IntArray | None = None) -> FloatArray:
         """(B, 7) probabilities of (D, B, 7) probabilities; NaN where any that counts is.
 
-        settled: (B,) where only the first detectors' count, as `settled` gives it unless told.
+        asked: (B,) how many detectors count, as `asked` gives it unless told.
         """
-        whole = _mixed(scores, self.weights)
-        if self.first is None:
-            return whole
-        early, by_them = self._early(self.first, scores)
-        return np.where((by_them if settled is None else settled)[:, None], early, whole)
+        asked = self.asked(scores) if asked is None else asked
+        combined = _mixed(scores, self.weights)
+        for stage in self.stages:
+            alone = (asked == stage.detectors)[:, None]
+            combined = np.where(alone, stage.combined(scores), combined)
+        return combined
 
-    @staticmethod
-    def _early(first: First, scores: FloatArray) -> tuple[FloatArray, BoolArray]:
-        """(B, 7) by the first detectors alone, and (B,) whether that settles it."""
-        early = _mixed(scores[: first.detectors], first.weights)
-        below = np.array([first.below[column] for column in COLUMNS])
-        return early, np.asarray((early < below).all(axis=1))  # NaN is below nothing
+    def asked(self, scores: FloatArray) -> IntArray:
+        """(B,) how many detectors each segment goes through. scores: (D, B, 7)."""
+        found = np.full(scores.shape[1], len(self.detectors))
+        for stage in reversed(self.stages):
+            found = np.where(stage.settles(scores), stage.detectors, found)
+        return found
 
 
 def _mixed(scores: FloatArray, weights: Mapping[str, Sequence[float]]) -> FloatArray:
@@ -146,8 +145,13 @@ def _check(found: Combination) -> None:
     for harm, threshold in found.thresholds.items():
         if harm not in THRESHOLD_KEYS or not 0.0 <= threshold <= 1.0:
             raise CombinationError(f"{FILE}: thresholds: {harm}: unknown, or outside 0..1")
-    if found.first is not None:
-        _check_first(found.first, len(found.detectors), DEFAULT_THRESHOLDS | found.thresholds)
+    sizes = [stage.detectors for stage in found.stages]
+    if sizes != sorted({it for it in sizes if 0 < it < len(found.detectors)}):
+        raise CombinationError(
+            f"{FILE}: stages: detectors: ever more, and fewer than the {len(found.detectors)}"
+        )
+    for stage in found.stages:
+        _check_stage(stage, DEFAULT_THRESHOLDS | found.thresholds)
 
 
 def _check_weights(weights: Mapping[str, Sequence[float]], detectors: int, field: str) -> None:
@@ -160,16 +164,14 @@ def _check_weights(weights: Mapping[str, Sequence[float]], detectors: int, field
             raise CombinationError(f"{FILE}: {field}: {column}: a higher score must count for more")
 
 
-def _check_first(first: First, detectors: int, thresholds: Mapping[str, float]) -> None:
-    if not 0 < first.detectors < detectors:
-        raise CombinationError(f"{FILE}: first.detectors: some of the {detectors}, and not all")
-    _check_weights(first.weights, first.detectors, "first.weights")
-    if set(first.below) != set(COLUMNS):
-        raise CombinationError(f"{FILE}: first.below: need {', '.join(COLUMNS)}")
+def _check_stage(stage: Stage, thresholds: Mapping[str, float]) -> None:
+    _check_weights(stage.weights, stage.detectors, "stages: weights")
+    if set(stage.below) != set(COLUMNS):
+        raise CombinationError(f"{FILE}: stages: below: need {', '.join(COLUMNS)}")
     for column, key in zip(COLUMNS, THRESHOLD_KEYS, strict=True):
-        if not 0.0 <= first.below[column] <= thresholds[key]:
+        if not 0.0 <= stage.below[column] <= thresholds[key]:
             raise CombinationError(
-                f"{FILE}: first.below: {column}: 0 to its threshold, {thresholds[key]}: "
+                f"{FILE}: stages: below: {column}: 0 to its threshold, {thresholds[key]}: "
                 "what is above is not harmless"
             )
 

@@ -4,7 +4,10 @@ A folder holds manifest.json, the .onnx it names and tokenizer.json. Nothing is 
 SHA-256 is the manifest's, and nothing but .onnx and .json is read at all.
 """
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -311,9 +314,38 @@ def _open(graph: bytes, provider: Provider, cuda_graphs: bool) -> ort.InferenceS
         settings = {**_CUDA_OPTIONS, "enable_cuda_graph": str(int(cuda_graphs))}
     try:
         chosen = [(_PROVIDERS[provider], settings)]
-        return ort.InferenceSession(graph, _options(), providers=chosen)
+        with _in_memory(graph) as source:
+            session = ort.InferenceSession(source, _options(), providers=chosen)
     except Exception as error:  # onnxruntime's own exceptions share no base class
         raise ModelError(f"onnxruntime refuses the graph: {error}") from error
+    _give_back()
+    return session
+
+
+@contextmanager
+def _in_memory(graph: bytes) -> Iterator[str | bytes]:
+    """A path to just these bytes, whose digest was compared; the bytes where there is none.
+
+    Of a graph handed over as bytes onnxruntime keeps more than twice the size of its weights, of
+    one that it opens as a file little more than once.
+    """
+    if not hasattr(os, "memfd_create") or not Path("/proc/self/fd").is_dir():
+        yield graph
+        return
+    handle = os.memfd_create("graph.onnx", os.MFD_CLOEXEC)
+    try:
+        with open(handle, "wb", closefd=False) as file:
+            file.write(graph)
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
+def _give_back() -> None:
+    """What opening a graph took and freed goes back to the system; glibc would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _options() -> ort.SessionOptions:

@@ -106,7 +106,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--views",
         nargs="+",
         choices=list(pair.VIEWS),
-        default=list(pair.VIEWS),
+        default=["toxicity", "context"],
         help="with --checkpoint: the detectors that are made of it",
     )
     parser.add_argument(

@@ -3,8 +3,8 @@
 The model folders as they serve, in the order of the settings, to combination.json beside them (or
 to combination-NAME.json with --name, for a choice of some of them): weights, thresholds, and the
 figures of the whole. With --first N the first N also learn to settle by themselves what they find
-clearly harmless. Everything is learnt on rows that trained no detector and are not reported
-(training.sets.calibrating).
+clearly harmless; with more than one number, so do the next ones. Everything is learnt on rows that
+trained no detector and are not reported (training.sets.calibrating).
 """
 
 import argparse
@@ -82,10 +82,10 @@ class Weights(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """The first detectors alone where they settle a segment, all of them elsewhere."""
+    """The first detectors alone where they settle a segment, what comes next elsewhere."""
 
     first: Weights
-    whole: Weights
+    then: Combined  # all of them, or another stage
     below: FloatArray  # (7,) probabilities
 
     def settled(self, said: FloatArray) -> BoolArray:
@@ -94,14 +94,23 @@ class Staged(NamedTuple):
 
     def of(self, said: FloatArray) -> FloatArray:
         """(S, 7) of (S, D, 7) log-odds."""
-        return np.where(self.settled(said)[:, None], self._early(said), self.whole.of(said))
+        return np.where(self.settled(said)[:, None], self._early(said), self.then.of(said))
 
     def _early(self, said: FloatArray) -> FloatArray:
         return self.first.of(said[:, : len(self.first.slopes)])
 
-    def share(self, some: Read) -> float:
-        """Of all segments, those that are settled."""
-        return float(np.concatenate([self.settled(said) for said in some.log_odds]).mean())
+    def stages(self) -> list["Staged"]:
+        """This one and those behind it."""
+        return [self, *(self.then.stages() if isinstance(self.then, Staged) else ())]
+
+    def shares(self, some: Read) -> list[float]:
+        """Of all segments, those that are settled by this stage, and by it or the ones behind."""
+        settled = np.zeros(sum(map(len, some.log_odds)), dtype=bool)
+        found = []
+        for stage in self.stages():
+            settled = settled | np.concatenate([stage.settled(said) for said in some.log_odds])
+            found.append(float(settled.mean()))
+        return found
 
     def described(self) -> dict[str, Any]:
         """As combination.json has it."""
@@ -121,16 +130,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     held = figures.held(arguments.data, _SAMPLE)
     read = {name: _read(some, folders, arguments) for name, some in held.items()}
     weights = learn(read["calibrate"])
-    staged = stage(read, weights, arguments.first) if arguments.first else None
-    whole = {name: some.together(staged or weights) for name, some in read.items()}
+    staged: Combined = weights
+    for count in reversed(arguments.first):
+        staged = stage(read, staged, count)
+    whole = {name: some.together(staged) for name, some in read.items()}
     chosen = figures.choose(whole, PLAIN)
     detectors = load_detectors([folder.name for folder in folders], beside)
     contents = combination({it.name: it.digest for it in detectors}, weights, chosen)
     contents["metrics"] = manifest.without_nan(figures.of(whole, PLAIN, chosen))
-    if staged:
-        contents["first"] = staged.described()
-        settled = {name: round(staged.share(some), 3) for name, some in read.items() if some.rows}
-        contents["metrics"]["settled_first"] = settled
+    if isinstance(staged, Staged):
+        contents["stages"] = [it.described() for it in staged.stages()]
+        settled = {
+            name: [round(share, 3) for share in staged.shares(some)]
+            for name, some in read.items() if some.rows
+        }  # fmt: skip
+        contents["metrics"]["settled"] = settled
         print(f"segments that the first {arguments.first} settle: {settled}")
     name = f"combination-{arguments.name}.json" if arguments.name else FILE
     (beside / name).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
@@ -146,8 +160,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--name", help="where these are not the detectors that ship by default")
     parser.add_argument(
-        "--first", type=int, default=0, metavar="N",
-        help="so many of them are asked first, the others where these do not suffice",
+        "--first", type=int, nargs="+", default=[], metavar="N",
+        help="so many of them are asked first, the others where these do not suffice; several "
+        "numbers: so many next",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="scores are kept in it")
@@ -155,8 +170,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if len({folder.parent for folder in arguments.models}) > 1 or len(arguments.models) < 2:
         parser.error("--models: two or more folders of one parent")
-    if not 0 <= arguments.first < len(arguments.models):
-        parser.error("--first: fewer than there are models")
+    if arguments.first != sorted({it for it in arguments.first if 0 < it < len(arguments.models)}):
+        parser.error("--first: ever more, and fewer than there are models")
     return arguments
 
 
@@ -172,20 +187,20 @@ def _read(rows: Sequence[Row], folders: Sequence[Path], arguments: argparse.Name
     return Read(list(rows), said)
 
 
-def stage(read: Mapping[str, Read], whole: Weights, count: int) -> Staged:
+def stage(read: Mapping[str, Read], then: Combined, count: int) -> Staged:
     """The first `count` detectors' own weights, and how low their scores must be to settle it.
 
     Each column's limit is the same share of its threshold: the largest at which, of the rows that
-    all detectors together would rightly block, at most _LOST pass, and by which `harmful` ranks
+    without this stage would rightly be blocked, at most _LOST pass, and by which `harmful` ranks
     rows next to as well, its AUROC being at most _UNRANKED lower.
     """
     first = learn(read["calibrate"].only(count))
-    chosen = figures.choose({name: some.together(whole) for name, some in read.items()}, PLAIN)
+    chosen = figures.choose({name: some.together(then) for name, some in read.items()}, PLAIN)
     limits = np.array([chosen[key] for key in THRESHOLD_KEYS])
-    judged = read["calibrate"].together(whole)
+    judged = read["calibrate"].together(then)
     rightly = measure.blocked(judged, PLAIN, chosen) * [max(row.targets) for row in judged.rows] > 0
     for share in _SHARES:
-        staged = Staged(first, whole, share * limits)
+        staged = Staged(first, then, share * limits)
         found = read["calibrate"].together(staged)
         still = measure.blocked(found, PLAIN, chosen) > 0
         lost = (rightly & ~still).sum() / max(1, rightly.sum())

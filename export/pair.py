@@ -18,10 +18,15 @@ from training.measure import Scored, stacked
 from training.rows import Row
 from training.windows import judged
 
-VIEWS: Final[Mapping[str, View]] = {"toxicity": "segment", "context": "whole"}
+VIEWS: Final[Mapping[str, View]] = {
+    "toxicity": "segment",
+    "context": "whole",
+    "context_large": "whole",  # the same of a larger base, asked last
+}
 _SEEN: Final[Mapping[str, Callable[[Passage], Passage]]] = {
     "toxicity": lambda whole: Passage(whole.text, "", ()),
     "context": lambda whole: whole,
+    "context_large": lambda whole: whole,
 }
 
 

@@ -28,7 +28,7 @@ from training.systems import FLOOR, Compare, System, main_of
 from training.tables import Table
 
 _HERE: Final = Path(__file__).resolve().parent.parent
-_DETECTORS: Final = ("toxicity", "words", "context")  # as in the worker's settings
+_DETECTORS: Final = ("toxicity", "words", "context", "context_large")  # as in the worker's settings
 _SAMPLE: Final = 40  # rows a source: one model and its fp32 graph in 10 minutes on one core
 
 

@@ -47,7 +47,7 @@ from training.sets import read as read_sets
 from training.tables import Table
 from training.windows import Sample, one
 
-_ENCODERS: Final = ("toxicity", "words", "context")  # as the worker's settings name them
+_ENCODERS: Final = ("toxicity", "words", "context", "context_large")  # as in the settings
 _AGGREGATIONS: Final[tuple[Aggregation, ...]] = ("sum", "token", "byte")
 _FIT: Final = 500  # passages that calibration is fitted on at most, as operators may have
 _REPORT: Final = 600

@@ -1,6 +1,7 @@
 """What is compared: the models, their fp32 graphs, what they make together, the floor, others."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -50,15 +51,14 @@ class Compare:
         )
 
     def models(self) -> Iterator[System]:
-        """Each model, the encoders together where there is more, those that serve together, and
-        last what is served."""
+        """Each model, some together where that was learnt, those that serve together, and last
+        what is served."""
         found = {name: OfFolder(folder, name) for name, folder in self._folders.items()}
         alone = {name: self._through(model, self._all) for name, model in found.items()}
         yield from alone.values()
         names = _first_of_each(found)
-        encoders = [name for name in names if not scores.is_words(self._folders[name])]
-        if 1 < len(encoders) < len(names):
-            yield _together([alone[name] for name in encoders], self._combination(encoders))
+        for some, learnt in self._learnt(names):
+            yield _together([alone[name] for name in some], learnt)
         whole = _together([alone[name] for name in names], self._combination(names))
         if len(names) > 1:
             yield whole
@@ -111,6 +111,18 @@ class Compare:
         detectors = [load_detector(folder.name, folder.parent) for folder in folders]
         beside = {folder.parent for folder in folders}
         return beside.pop() if len(beside) == 1 else None, detectors
+
+    def _learnt(self, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Combination]]:
+        """Choices of some of them that a combination was learnt for."""
+        beside, detectors = self._detectors(names)
+        if beside is None:
+            return
+        by_name = dict(zip(names, detectors, strict=True))
+        for count in range(2, len(names)):
+            for some in combinations(names, count):
+                found = load_combination(beside, [by_name[name] for name in some])
+                if found is not None:
+                    yield some, found
 
     def _looked(self, whole: System, names: Sequence[str]) -> System | None:
         """With the second look that ships, where it is for these detectors."""

@@ -67,27 +67,33 @@ def score(
     """What the detectors say of each passage.
 
     Of several detectors' scores the highest counts, unless a combination was learnt; that may also
-    leave it at the first detectors for a passage that they settle. Columns in which a detector gave
-    no probability are NaN. Raises DetectorError.
+    leave it at the first detectors for a passage that these settle. Columns in which a detector
+    gave no probability are NaN. Raises DetectorError.
 
     whole: for which passages every detector is asked, whatever the first ones find; empty: none.
     """
-    first = combination.asked_first if combination else len(detectors)
-    stacked = _scores(detectors[:first], batch)
-    left = np.ones(len(batch), dtype=bool)
-    if combination and first < len(detectors):
-        left = ~combination.settled(stacked) | np.array(whole or [False] * len(batch))
-        more = np.full((len(detectors) - first, *stacked.shape[1:]), np.nan)
-        if left.any():
-            rows = [row for row, asked in zip(batch, left.tolist(), strict=True) if asked]
-            more[:, left] = _scores(detectors[first:], rows, first)
-        stacked = np.concatenate([stacked, more])  # (D, B, 7)
+    stages = combination.stages if combination else ()
+    stacked = np.full((len(detectors), len(batch), len(COLUMNS)), np.nan)
+    asked = np.zeros(len(batch), dtype=np.int64)  # detectors, of each passage
+    left = np.arange(len(batch))  # passages that no stage has settled
+    begin = 0
+    for stage in (*stages, None):
+        end = stage.detectors if stage else len(detectors)
+        some = _scores(detectors[begin:end], [batch[i] for i in left.tolist()], begin)
+        stacked[begin:end, left] = some
+        asked[left] = end
+        if stage:
+            settled = stage.settles(stacked[:end, left])
+            left = left[~settled | np.array([bool(whole) and whole[i] for i in left.tolist()])]
+        if not len(left):
+            break
+        begin = end
     combined = (
-        combination.combined(stacked, ~left) if combination else combine.highest(stacked)
+        combination.combined(stacked, asked) if combination else combine.highest(stacked)
     )  # (B, 7)
-    asked = np.where(np.arange(len(detectors))[:, None] < first, True, left)  # (D, B)
-    tokens = (asked * _tokens(batch)).sum(axis=0)  # (B,)
-    leading = np.where(asked, np.nan_to_num(stacked[:, :, -1], nan=2.0), -1.0).argmax(axis=0)
+    counts = np.arange(len(detectors))[:, None] < asked  # (D, B)
+    tokens = (counts * _tokens(batch)).sum(axis=0)  # (B,)
+    leading = np.where(counts, np.nan_to_num(stacked[:, :, -1], nan=2.0), -1.0).argmax(axis=0)
     return [
         Scored(tuple(row), detectors[lead].name, read)
         for row, lead, read in zip(

@@ -226,7 +226,7 @@ class Settings(BaseSettings):
 
     # detectors
     # folders under `models`, or python:module:factory; these: a segment alone, by words, in context
-    detectors: tuple[str, ...] = ("toxicity", "words", "context")
+    detectors: tuple[str, ...] = ("toxicity", "words", "context", "context_large")
     models: Path = HERE / "models"
     infer_threads: int = Field(2, ge=1)  # one session, called from this many threads
     max_batch_tokens: int = Field(1_024, ge=1)  # padded; one batch a thread at a time

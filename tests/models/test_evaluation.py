@@ -77,9 +77,7 @@ def _record(one: Row) -> bytes:
     return json.dumps(fields).encode()
 
 
-@pytest.mark.parametrize(
-    "names", [("toxicity",), ("toxicity", "context"), ("toxicity", "words", "context")]
-)
+@pytest.mark.parametrize("names", [("toxicity",), ("toxicity", "context"), Settings().detectors])
 def test_scores_and_verdicts_are_those_of_moderate(names: tuple[str, ...]) -> None:
     """Models, what they make together, the second look where it is for them, keywords, short
     texts, nothing judged behind a block."""

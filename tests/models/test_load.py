@@ -1,5 +1,7 @@
 """Specs to detectors: what cannot be had is named, with what to do."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +97,21 @@ def test_the_constant_refuses_what_is_no_row(make: Callable[[], Constant]) -> No
     """Seven probabilities, nothing else."""
     with pytest.raises(ValueError, match="scores"):
         make()
+
+
+def test_opening_a_model_costs_little_more_than_its_weights() -> None:
+    """Not twice their size, as where onnxruntime is handed the bytes."""
+    script = (
+        "from pathlib import Path\n"
+        "from detectors.load import load_detector\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "load_detector('toxicity', Path('models'))\n"
+        "before = resident()\n"
+        "held = load_detector('context_large', Path('models'))\n"
+        "print(resident() - before)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=MODELS.parent, capture_output=True, check=True
+    )
+    size = (MODELS / "context_large" / "model.int8.onnx").stat().st_size
+    assert size * 0.9 < int(ended.stdout) < size * 1.5

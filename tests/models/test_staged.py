@@ -61,7 +61,7 @@ def test_as_much_is_settled_as_loses_next_to_nothing() -> None:
     settled = [stage.settled(said).all() for said in read.log_odds]
     harmful = [row.targets[0] > 0 for row in read.rows]
     assert not any(done for done, is_harmful in zip(settled, harmful, strict=True) if is_harmful)
-    assert stage.share(read) > 0.6
+    assert stage.shares(read)[0] > 0.6
 
 
 def test_a_blind_first_look_settles_no_harm() -> None:
@@ -80,7 +80,8 @@ def test_the_worker_computes_what_was_chosen(tmp_path: Path) -> None:
     stage, read = staged(blind=0.0)
     digests = {detector.name: detector.digest for detector in PAIR}
     chosen = dict.fromkeys(THRESHOLD_KEYS, 0.5)
-    contents = combined.combination(digests, stage.whole, chosen) | {"first": stage.described()}
+    contents = combined.combination(digests, stage.then, chosen)
+    contents |= {"stages": [it.described() for it in stage.stages()]}
     (tmp_path / combine.FILE).write_text(json.dumps(contents))
     found = combine.read(tmp_path, PAIR)
     assert found is not None
@@ -88,5 +89,6 @@ def test_the_worker_computes_what_was_chosen(tmp_path: Path) -> None:
         by_detector = 1 / (1 + np.exp(-said.transpose(1, 0, 2)))  # (D, S, 7)
         expected = 1 / (1 + np.exp(-stage.of(said)))
         assert found.combined(by_detector) == pytest.approx(expected, abs=2e-4)
-        assert found.settled(by_detector).tolist() == stage.settled(said).tolist()
-    assert set(contents["first"]["below"]) == set(COLUMNS)
+        asked = np.where(stage.settled(said), 1, 2)
+        assert found.asked(by_detector).tolist() == asked.tolist()
+    assert set(contents["stages"][0]["below"]) == set(COLUMNS)

@@ -138,12 +138,13 @@ def first(**changes: Any) -> dict[str, Any]:
     ("changes", "says"),
     [
         ({"detectors": {"toxicity": "aa", "context": "cc"}}, "another context"),
-        ({"first": first(detectors=2)}, "first.detectors"),
-        ({"first": first(detectors=0)}, "first.detectors"),
-        ({"first": first(weights={c: [1.0, 1.0, 0.0] for c in COLUMNS})}, "first.weights: viol"),
-        ({"first": first(below={"violence": 0.2})}, "first.below: need violence"),
-        ({"first": first(below=dict.fromkeys(COLUMNS, 1.2))}, "first.below: violence"),
-        ({"first": first(below=dict.fromkeys(COLUMNS, 0.6))}, "0 to its threshold, 0.5"),
+        ({"stages": [first(detectors=2)]}, "stages: detectors"),
+        ({"stages": [first(detectors=0)]}, "stages: detectors"),
+        ({"stages": [first(), first()]}, "stages: detectors"),
+        ({"stages": [first(weights={c: [1.0, 1.0, 0.0] for c in COLUMNS})]}, "stages: weights: v"),
+        ({"stages": [first(below={"violence": 0.2})]}, "stages: below: need violence"),
+        ({"stages": [first(below=dict.fromkeys(COLUMNS, 1.2))]}, "stages: below: violence"),
+        ({"stages": [first(below=dict.fromkeys(COLUMNS, 0.6))]}, "0 to its threshold, 0.5"),
         ({"weights": {column: [1.0, 0.0] for column in COLUMNS}}, "one a detector"),
         ({"weights": {column: [-0.1, 1.0, 0.0] for column in COLUMNS}}, "count for more"),
         ({"weights": {column: [0.0, 0.0, 0.0] for column in COLUMNS}}, "count for more"),
@@ -235,7 +236,7 @@ class Counting(Same):
 def staged(folder: Path, cheap: Counting, dear: Counting) -> combine.Combination:
     """A combination in which the cheap one settles what it finds harmless."""
     digests = {"toxicity": cheap.digest, "context": dear.digest}
-    found = combine.read(written(folder, detectors=digests, first=first()), (cheap, dear))
+    found = combine.read(written(folder, detectors=digests, stages=[first()]), (cheap, dear))
     assert found is not None
     return found
 
@@ -276,6 +277,44 @@ def test_a_first_look_without_a_score_settles_nothing(tmp_path: Path) -> None:
     ((scores, _, _),) = detect.score((cheap, dear), rows, found)
     assert np.isnan(scores).all()
     assert dear.asked == 1
+
+
+def test_each_stage_may_settle_what_the_one_before_left(tmp_path: Path) -> None:
+    """Three detectors, two stages: each segment goes as far as it must, batched or alone."""
+    texts = ("calm", "loud", "wild", "odd")
+    known = {
+        "toxicity": (0.3, 0.5, 0.5, 0.9), "words": (0.9, 0.2, 0.6, 0.4),
+        "context": (0.9, 0.9, 0.8, float("nan")),
+    }  # fmt: skip
+    trio = [Counting(name, dict(zip(texts, said, strict=True))) for name, said in known.items()]
+    second = first(
+        detectors=2, weights={c: [0.0, 1.0, -0.5] for c in COLUMNS},
+        below=dict.fromkeys(COLUMNS, 0.25),
+    )  # fmt: skip
+    path = written(
+        tmp_path, detectors={it.name: it.digest for it in trio}, stages=[first(), second],
+        weights={column: [0.25, 0.5, 0.5, -1.0] for column in COLUMNS},
+    )  # fmt: skip
+    found = combine.read(path, trio)
+    assert found is not None
+    rows = detect.encode(trio, [Passage(text, "", ()) for text in texts])
+    scored = detect.score(trio, rows, found)
+    wild = 0.25 * odds(0.5) + 0.5 * odds(0.6) + 0.5 * odds(0.8) - 1
+    expected = [chance(odds(0.3) - 1), chance(odds(0.2) - 0.5), chance(wild)]
+    assert [it.scores[0] for it in scored[:3]] == pytest.approx(expected, abs=1e-6)
+    assert np.isnan(scored[3].scores).all()
+    assert [it.asked for it in trio] == [4, 3, 2]
+    assert [it.tokens for it in scored] == [2, 4, 6, 6]
+    assert [it.stage for it in scored] == ["toxicity", "toxicity", "context", "context"]
+    for one, row in zip(scored[:3], rows, strict=False):
+        assert detect.score(trio, [row], found) == [one]
+    everything = np.stack([it.score([row[0] for row in rows]) for it in trio])
+    assert found.asked(everything).tolist() == [1, 2, 3, 3]
+    assert found.combined(everything)[:3].tolist() == [list(it.scores) for it in scored[:3]]
+    (whole,) = detect.score(trio, [rows[0]], found, [True])
+    assert whole.scores[0] == pytest.approx(
+        chance(0.25 * odds(0.3) + 0.5 * odds(0.9) + 0.5 * odds(0.9) - 1), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("alone", [True, False])
