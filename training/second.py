@@ -49,7 +49,8 @@ from training.windows import Sample, one
 
 _ENCODERS: Final = ("toxicity", "words", "context", "context_large")  # as in the settings
 _AGGREGATIONS: Final[tuple[Aggregation, ...]] = ("sum", "token", "byte")
-_FIT: Final = 500  # passages that calibration is fitted on at most, as operators may have
+_FIT: Final = 1_400  # passages that the band is chosen on, at most; few lie near a threshold
+_LABELS: Final = (50, 500)  # that calibration is shown with, as operators may have
 _REPORT: Final = 600
 _UNSEEN: Final = 300
 _SAMPLE: Final = 40  # rows a source, as in the evaluation
@@ -222,7 +223,7 @@ def by_calibration(
         lines["temperature"] = temperature(list(margins), [int(it) for it in targets])
     except ValueError as error:
         print(f"temperature: {error}")
-    for count in (50, _FIT):
+    for count in _LABELS:
         some = np.random.default_rng(count).permutation(len(margins))[:count]
         lines[f"Platt, {len(some)} labels"] = platt_or_flat(margins[some], targets[some])
     lines["contextual"] = without
