@@ -92,3 +92,38 @@ def test_the_worker_computes_what_was_chosen(tmp_path: Path) -> None:
         asked = np.where(stage.settled(said), 1, 2)
         assert found.asked(by_detector).tolist() == asked.tolist()
     assert set(contents["stages"][0]["below"]) == set(COLUMNS)
+
+
+def test_two_stages_are_computed_as_they_were_chosen(tmp_path: Path) -> None:
+    """The second settles some of what the first leaves, and combination.json says both."""
+    from export import combined
+
+    rows, said = drawn(400, blind=0.0)
+    chance = np.random.default_rng(7)
+    trio = []
+    for of_row in said:
+        dear = of_row[:, 1:]  # (2, 1, 7)
+        noise = chance.normal(0, 1, (2, 2, 7))
+        trio.append(np.hstack([0.5 * dear + noise[:, :1], dear + noise[:, 1:], dear]))
+    read = {"calibrate": combined.Read(rows, trio)}
+    for name in ("harmless", "look_alikes", "counter_speech"):
+        read[f"calibrate_{name}"] = combined.Read([], [])
+    weights = combined.learn(read["calibrate"])
+    stage = combined.stage(read, combined.stage(read, weights, 2), 1)
+    assert [len(it.first.slopes) for it in stage.stages()] == [1, 2]
+    shares = stage.shares(read["calibrate"])
+    assert 0.0 <= shares[0] < shares[1] < 1.0
+    names = [Named("cheap"), Named("middling"), Named("dear")]
+    chosen = dict.fromkeys(THRESHOLD_KEYS, 0.5)
+    contents = combined.combination({it.name: it.digest for it in names}, weights, chosen)
+    contents["stages"] = [it.described() for it in stage.stages()]
+    (tmp_path / combine.FILE).write_text(json.dumps(contents))
+    found = combine.read(tmp_path, names)
+    assert found is not None
+    asked = set()
+    for of_row in trio:
+        by_detector = 1 / (1 + np.exp(-of_row.transpose(1, 0, 2)))  # (D, S, 7)
+        expected = 1 / (1 + np.exp(-stage.of(of_row)))
+        assert found.combined(by_detector) == pytest.approx(expected, abs=2e-4)
+        asked |= set(found.asked(by_detector).tolist())
+    assert asked == {1, 2, 3}
