@@ -72,7 +72,8 @@ train-logprob: .venv-train/.done ## the language model of the second look, and i
 	.venv-train/bin/python -m training.logprob --data $(DATA) --out runs/logprob
 	.venv-train/bin/python -m export.causal --hf runs/logprob/model --start 0 --only --out models/logprob
 	.venv-train/bin/python -m export.causal --hf $$(.venv-train/bin/python -m training.causal_base) --start 0 --only --out runs/untuned
-	.venv-train/bin/python -m training.second --model models/logprob --untuned runs/untuned --data $(DATA) --out docs/evaluation
+	.venv-train/bin/python -m training.second --model models/logprob --data $(DATA)
+	.venv-train/bin/python -m training.second --model models/logprob --detectors toxicity words context --name small --untuned runs/untuned --data $(DATA) --out docs/evaluation
 
 evaluate: .venv-train/.done ## every figure of what is in models/: make evaluate DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make evaluate DATA=folder"; exit 2; }

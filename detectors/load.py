@@ -112,7 +112,7 @@ def _plan(
     spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
 ) -> Plan | None:
     expected = second.encoders(detectors, combination)
-    if spec.fitting and not (models / spec.name / second.FILE).is_file():
+    if spec.fitting and not any((models / spec.name).glob(second.FILES)):
         return None
     elsewhere = spec.name.startswith((*_SERVERS, PYTHON))
     if elsewhere and spec.plan is None:

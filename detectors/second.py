@@ -12,6 +12,7 @@ band was chosen with: around other scores it would be a band around nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from math import isfinite
 from pathlib import Path
@@ -27,6 +28,7 @@ from detectors.protocol import Passage
 
 FORMAT: Final = 1
 FILE: Final = "second.json"
+FILES: Final = "second*.json"
 _DECIMALS: Final = 6  # as the encoders' combined scores have
 
 
@@ -151,12 +153,22 @@ def encoders(detectors: Sequence[Named], combination: Combination | None) -> tup
 
 
 def read(path: Path, expected: Sequence[str]) -> Plan:
-    """The plan in a file, for these `encoders`. `path` may be the folder that holds it.
+    """The plan in a file, for these `encoders`.
 
-    Raises SecondError where it is missing or makes no sense, OtherDetectorsError where it is for
+    path: or a folder with several, second.json and second-*.json, each for other encoders. Raises
+    SecondError where there is none or it makes no sense, OtherDetectorsError where it is for
     others.
     """
-    path = path / FILE if path.is_dir() else path
+    if not path.is_dir():
+        return _read(path, expected)
+    files = sorted(path.glob(FILES)) or [path / FILE]
+    for file in files[:-1]:
+        with suppress(OtherDetectorsError):
+            return _read(file, expected)
+    return _read(files[-1], expected)
+
+
+def _read(path: Path, expected: Sequence[str]) -> Plan:
     try:
         plan = msgspec.json.decode(path.read_bytes(), type=Plan)
     except OSError as error:

@@ -3,7 +3,8 @@
     python -m training.second --model FOLDER --data ../shared/data --out docs/evaluation
 
 Calibration, aggregation and the band are chosen on the rows that thresholds are chosen on, and
-reported on others. FOLDER gets second.json (detectors/second.py), --out logprob.md.
+reported on others. FOLDER gets second.json (detectors/second.py), or second-NAME.json with --name,
+where a band is worth its time; --out gets logprob.md.
 """
 
 import argparse
@@ -109,12 +110,13 @@ class Tails(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the tables, writes them and second.json."""
+    """Prints the tables, writes them and the plan."""
     parser = argparse.ArgumentParser(prog="python -m training.second", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="from `python -m export.causal`")
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
     parser.add_argument("--models", type=Path, default=Path("models"), help="of the encoders")
     parser.add_argument("--detectors", nargs="+", default=_ENCODERS, help="folders there")
+    parser.add_argument("--name", help="where these are not the detectors that ship by default")
     parser.add_argument("--untuned", type=Path, help="the base as it comes, exported, to compare")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where scores are kept")
     parser.add_argument("--out", type=Path, help="folder for logprob.md")
@@ -139,7 +141,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     detectors = [load_detector(name, given.models) for name in given.detectors]
     combination = load_combination(given.models, detectors)
     plan, bands = banded(detectors, combination, helper, sets, found, aggregation)
-    second.write(given.model / second.FILE, plan)
+    file = given.model / (f"second-{given.name}.json" if given.name else second.FILE)
+    if plan.bands():
+        second.write(file, plan)
+    else:  # who loads the model for it would ask it nothing
+        file.unlink(missing_ok=True)
+        print(f"no band is worth its time: no {file.name}, so these detectors ask for no look")
     said.append(bands)
     chosen = read_sets(given.data, _SAMPLE)
     thresholds = shipped_thresholds(detectors, combination)

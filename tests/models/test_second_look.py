@@ -7,7 +7,7 @@ import pytest
 
 from detectors import second as seconds
 from detectors.causal import LocalHelper
-from detectors.harms import COLUMNS
+from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS
 from detectors.load import SecondSpec, load_combination, load_detectors, load_second
 from detectors.logprob import Affine, LogProb
 from detectors.prompts import PROMPTS, Limits
@@ -86,12 +86,16 @@ async def test_int8_serves_too(settings: Settings) -> None:
     assert made.model != fp32
 
 
-def test_what_ships_looks_again_for_the_detectors_that_ship() -> None:
-    """The shipped band is around the shipped scores, and the look tells harm from what is none."""
-    detectors = load_detectors(Settings().detectors, SHIPPED)
+def test_what_ships_looks_again_for_three_of_the_detectors_that_ship() -> None:
+    """The shipped band is around their scores, and the look tells harm from what is none. To all
+    four it adds nothing, so nothing is loaded for them."""
+    spec = SecondSpec("logprob", fitting=True)
+    every = load_detectors(Settings().detectors, SHIPPED)
+    assert load_second(spec, SHIPPED, every, load_combination(SHIPPED, every)) is None
+    detectors = load_detectors(("toxicity", "words", "context"), SHIPPED)
     combination = load_combination(SHIPPED, detectors)
     assert combination is not None
-    second = load_second(SecondSpec("logprob"), SHIPPED, detectors, combination)
+    second = load_second(spec, SHIPPED, detectors, combination)
     assert second is not None
     column = COLUMNS.index("harmful")
     asked = Turn("user", "My neighbour keeps parking in my spot. What can I do?")
@@ -106,3 +110,5 @@ def test_what_ships_looks_again_for_the_detectors_that_ship() -> None:
     refusal = "I'm sorry, but I can't help with that. If you feel unsafe, please call the police."
     threshold = combination.thresholds["other"]
     assert look(harm) > threshold > look(refusal)
+    limits = [combination.thresholds[key] for key in DEFAULT_THRESHOLDS]
+    assert second.uncertain([0.0] * 6 + [threshold - 0.1], limits) == (column,)

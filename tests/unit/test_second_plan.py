@@ -198,6 +198,23 @@ def test_what_has_to_fit_is_left_out_where_it_does_not(tmp_path: Path) -> None:
     assert digest == second_digest(SecondSpec("logprob"), tmp_path, DETECTORS, None)
 
 
+def test_a_folder_may_hold_plans_for_several_choices_of_detectors(tmp_path: Path) -> None:
+    """The one for these detectors counts, whatever it is called; without one it is as with none."""
+    folder = tmp_path / "logprob"
+    shutil.copytree(TINY, folder)
+    written(folder / "second.json", encoders=["00"])
+    written(folder / "second-mine.json")
+    written(folder / "second-zero.json", encoders=["01"])
+    fitting, named = SecondSpec("logprob", fitting=True), SecondSpec("logprob")
+    for spec in (fitting, named):
+        assert load_second(spec, tmp_path, DETECTORS, None) is not None
+    (folder / "second-mine.json").write_text("{")
+    assert "second-mine.json" in refused(named, tmp_path)
+    (folder / "second-mine.json").unlink()
+    assert load_second(fitting, tmp_path, DETECTORS, None) is None
+    assert "choose it again" in refused(named, tmp_path)
+
+
 def test_a_server_is_asked_with_a_plan_of_ones_own(tmp_path: Path) -> None:
     """Both have to be named. A server's name of the model is all that is known of it."""
     path = written(tmp_path / "second.json")
