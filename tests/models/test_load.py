@@ -52,7 +52,9 @@ def test_a_spec_that_leads_nowhere_says_what_to_do(spec: str, message: str) -> N
     assert spec in str(raised.value)
 
 
-@pytest.mark.parametrize("names", [Settings().detectors, ("toxicity", "context")])
+@pytest.mark.parametrize(
+    "names", [Settings().detectors, ("toxicity", "words", "context"), ("toxicity", "context")]
+)
 def test_what_ships_is_weighed_as_it_was_learnt(names: tuple[str, ...]) -> None:
     """All detectors by default, and the encoders alone for who names these: nobody falls back to
     the highest score because there are three now."""
