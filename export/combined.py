@@ -104,7 +104,7 @@ class Staged(NamedTuple):
         return [self, *(self.then.stages() if isinstance(self.then, Staged) else ())]
 
     def shares(self, some: Read) -> list[float]:
-        """Of all segments, those that are settled by this stage, and by it or the ones behind."""
+        """Of all segments, the shares that are settled once each stage was asked, this one first."""
         settled = np.zeros(sum(map(len, some.log_odds)), dtype=bool)
         found = []
         for stage in self.stages():
@@ -161,8 +161,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", help="where these are not the detectors that ship by default")
     parser.add_argument(
         "--first", type=int, nargs="+", default=[], metavar="N",
-        help="so many of them are asked first, the others where these do not suffice; several "
-        "numbers: so many next",
+        help="so many of them are asked first, the others where these do not suffice; with several "
+        "rising numbers in as many stages, as 2 3: two, then the third, then the rest",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="scores are kept in it")

@@ -280,7 +280,7 @@ class Pipeline:
             return
         await self._encode_together([work for work in works if not work.alone])
         for work in works:
-            if work.alone:  # it failed among others; it, or one of them, would fail these again
+            if work.alone:  # one that was tried with it cannot be encoded: this one, or another
                 await self._encode_together([work])
 
     async def _encode_together(self, works: Sequence[Work]) -> None:

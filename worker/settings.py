@@ -225,7 +225,8 @@ class Settings(BaseSettings):
     review_key: SecretStr | None = None  # the same for all workers: what is picked is then a secret
 
     # detectors
-    # folders under `models`, or python:module:factory; these: a segment alone, by words, in context
+    # folders under `models`, or python:module:factory; these: a segment alone, by words, in
+    # context, and that once more by a larger encoder for what is still open
     detectors: tuple[str, ...] = ("toxicity", "words", "context", "context_large")
     models: Path = HERE / "models"
     infer_threads: int = Field(2, ge=1)  # one session, called from this many threads
