@@ -104,7 +104,7 @@ class Staged(NamedTuple):
         return [self, *(self.then.stages() if isinstance(self.then, Staged) else ())]
 
     def shares(self, some: Read) -> list[float]:
-        """Of all segments, the shares that are settled once each stage was asked, this one first."""
+        """Of all segments, the shares settled once each stage was asked, this one first."""
         settled = np.zeros(sum(map(len, some.log_odds)), dtype=bool)
         found = []
         for stage in self.stages():
@@ -161,7 +161,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", help="where these are not the detectors that ship by default")
     parser.add_argument(
         "--first", type=int, nargs="+", default=[], metavar="N",
-        help="so many of them are asked first, the others where these do not suffice; with several "
+        help="so many of them are asked first, the others where these do not suffice; with "
         "rising numbers in as many stages, as 2 3: two, then the third, then the rest",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, required=True, help="folder that holds permissive/")
