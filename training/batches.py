@@ -16,7 +16,7 @@ from detectors.tokens import PairTokens
 from training.windows import Sample
 
 Float32s = npt.NDArray[np.float32]
-_MOST_ROWS = 48  # of a batch of very short windows
+_MOST_ROWS = 96  # of a batch of very short windows
 
 
 class Sized(Protocol):

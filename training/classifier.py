@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from detectors.harms import COLUMNS
 from detectors.tokens import PairTokens
-from training import also, base
+from training import also, base, hard, sources
 from training.batches import Example, batches, examples, padded
 from training.distil import soft_targets
 from training.loop import Loop, Pace
@@ -50,12 +50,13 @@ class Settings:
     threads: int = 2
     save_every: int = 50  # steps
     patience: int = 3  # looks at the held-out loss without a better one end the run
-    rows: int = 0  # of the packs at most, for a quick try; 0 = all
+    rows: int = 0  # of the packs at most, those of sources.WHOLE aside; 0 = all
     steps: int = 0  # at most; 0 = a whole pass an epoch
     start_from: str = ""  # a model.pt of an earlier run; empty: the base
     teacher: str = ""  # a run folder; empty: labels alone
     soft_share: float = 0.7  # of the loss where the teacher has spoken
     own: bool = True  # the texts of our own too
+    hard: str = ""  # segments that training.hard found; empty: none
     also: tuple[str, ...] = ()  # a user's files, see training/also.py
 
 
@@ -93,6 +94,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--start-from", default=Settings.start_from, help="an earlier model.pt")
     parser.add_argument("--teacher", default=Settings.teacher, help="run folder to distil")
+    parser.add_argument("--hard", default=Settings.hard, help="what training.hard wrote")
     parser.add_argument("--no-own", dest="own", action="store_false", help="public packs alone")
     parser.add_argument(
         "--also", type=Path, nargs="+", default=[], metavar="FILE",
@@ -117,6 +119,8 @@ def train(run: Path, parts: Parts, settings: Settings) -> None:
     chance = random.Random(settings.seed)
     tokens = PairTokens((run / "tokenizer.json").read_bytes())
     found = samples(_rows(parts, settings, chance), chance)
+    if settings.hard:
+        found += hard.samples(Path(settings.hard), parts.fit)
     chosen = examples(found, tokens, _soft(run, found, settings))
     dev = capped(parts.calibrate, chance)
     held_out = examples(samples(chance.sample(dev, min(_HELD_OUT, len(dev))), chance), tokens)
@@ -142,7 +146,9 @@ def train(run: Path, parts: Parts, settings: Settings) -> None:
 def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
     rows = capped(parts.fit, chance)
     if settings.rows:
-        rows = chance.sample(rows, min(settings.rows, len(rows)))
+        whole = [row for row in rows if row.source in sources.WHOLE]
+        rows = [row for row in rows if row.source not in sources.WHOLE]
+        rows = [*whole, *chance.sample(rows, min(settings.rows, len(rows)))]
     if settings.own:
         rows += own_share(also.own(), chance)
     return rows + also.read_files(list(map(Path, settings.also)))

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from detectors.harms import COLUMNS, HARMFUL, HARMS
 from detectors.protocol import Turn
 from training import sources
+from training.own_labels import labelled
 
 _TYPED_ELSEWHERE: Final = 0.3  # weight of "not the other five" where one category was given
 _BENIGN_MISINFORMATION: Final = 0.3  # weight of "says nothing false" of an ordinary good answer
@@ -45,7 +46,7 @@ def read(folder: Path) -> list[Row]:
     files = sorted(folder.glob("*.jsonl.gz"))
     if not files:
         raise FileNotFoundError(f"no *.jsonl.gz in {folder}")
-    rows = (row_of(record) for path in files for record in _records(path))
+    rows = (row_of(record) for path in files for record in labelled(_records(path)))
     return [row for row in rows if any(row.weights) and row.text.strip()]
 
 

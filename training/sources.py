@@ -3,7 +3,7 @@
 from typing import Final
 
 # No usable harm label, or a truth label that only world knowledge could give.
-UNUSED: Final = frozenset({"hh_rlhf_harmless", "presidio_pii", "factscore_sentences"})
+UNUSED: Final = frozenset({"presidio_pii", "factscore_sentences"})
 
 # Whole sources that nothing is trained on, in two fixed groups of like kinds: replies, prompts and
 # posts, harmful and harmless texts in either. The first calibrates and chooses thresholds beside
@@ -33,6 +33,7 @@ LEFT_OUT: Final = CALIBRATING | UNSEEN
 ONE_CATEGORY: Final = frozenset({
     "ailuminate_demo", "catqa", "jailbreakbench", "jailbreakbench_goals", "multijail_en",
     "or_bench_toxic", "refusal_direction_jailbreak", "strongreject", "trustllm_privacy_queries",
+    "hh_rlhf_harmless", "hh_rlhf_harmless_requests", "past_tense_replies",
 })  # fmt: skip
 
 # Good answers to ordinary questions: weak evidence that they say nothing false.
@@ -58,6 +59,13 @@ LOOK_ALIKES: Final = frozenset({
 # Answers to hate, which quote or name what they speak against.
 COUNTER_SPEECH: Final = frozenset({"gbv_counterspeech", "own_counterspeech"})
 
+# Ordinary things to ask: the requests are harmless as the answers are.
+ORDINARY: Final = frozenset({"arena_hard", "biggen_references", "gpteacher_roleplay"})
+
+# Short answers of plain models to awkward, rude and ill-meant questions, with the questions, and
+# answers to attacks, by labels of our own: whole in every mix, as nothing else is like them.
+WHOLE: Final = frozenset({"hh_rlhf_harmless", "hh_rlhf_harmless_requests", "past_tense_replies"})
+
 CAP: Final = 700  # rows a source
 CAPS: Final = {
     # Replies: the texts that the worker judges.
@@ -65,10 +73,13 @@ CAPS: Final = {
     "coconot_contrast": 1400,
     "diasafety": 1500,
     "gptfuzz": 1300,
+    "hh_rlhf_harmless": 4000,
+    "hh_rlhf_harmless_requests": 2000,
     "halueval_general": 1000,
     "jailbreakbench": 1600,
     "just_eval_safety": 900,
     "medquad": 600,
+    "past_tense_replies": 1300,
     "gpteacher_roleplay": 1000,
     "wildbench_outputs": 1400,
     # Look-alikes.
@@ -82,8 +93,10 @@ CAPS: Final = {
     "unintended_bias_templates": 400,
     "latent_jailbreak": 500,
     # Large and varied.
-    "dynahate": 2000,
+    "dynahate": 6000,
     "davidson": 1000,
+    "hatemoji_build": 1500,
+    "toxigen": 1500,
     "measuring_hate_speech": 1200,
     "constraint_covid": 1300,
     "rtp_perspective": 1800,
