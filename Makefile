@@ -53,12 +53,13 @@ TRAIN := .venv-train/bin/python -m training.classifier --data $(DATA)
 
 train: .venv-train/.done ## detectors from data to models/: make train DATA=folder
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=folder"; exit 2; }
+	.venv-train/bin/python -m training.hard --data $(DATA) --threads 2 --out runs/hard.jsonl
 	$(TRAIN) --base mpnet --frozen 4 --rows 14000 --steps 330 --learning-rate 4e-5 --seed 19 --out runs/teacher
 	$(TRAIN) --rows 25000 --no-own --out runs/first
 	$(TRAIN) --rows 9000 --seed 23 --learning-rate 8e-5 --start-from runs/first/model.pt --teacher runs/teacher --out runs/student
-	$(TRAIN) --rows 14000 --steps 600 --seed 31 --learning-rate 7e-5 --start-from runs/student/model.pt --out runs/later
+	$(TRAIN) --rows 18000 --steps 700 --seed 31 --learning-rate 7e-5 --patience 8 --hard runs/hard.jsonl --start-from runs/student/model.pt --out runs/later
 	.venv-train/bin/python -m training.average --runs runs/student runs/later --out runs/averaged
-	$(TRAIN) --base mpnet --layers 9 --frozen 2 --rows 28000 --steps 1000 --seed 59 --learning-rate 5e-5 --patience 8 --out runs/larger
+	$(TRAIN) --base mpnet --layers 9 --frozen 2 --rows 28000 --steps 1200 --seed 59 --learning-rate 5e-5 --patience 8 --hard runs/hard.jsonl --out runs/larger
 	.venv-train/bin/python -m export --checkpoint runs/averaged --data $(DATA) --out models
 	.venv-train/bin/python -m export --checkpoint runs/larger --views context_large --data $(DATA) --out models
 	.venv-train/bin/python -m training.words --data $(DATA) --out runs/words

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     random.Random(0).shuffle(rows)
     rows = rows[: arguments.rows or None]
     count = 0
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", encoding="utf-8") as out:
         for row, segments in _found(rows, detectors, combination, arguments.threads):
             print(json.dumps({"id": row.id, "segments": segments}), file=out, flush=True)
