@@ -1,9 +1,10 @@
 """Fine-tunes the classifier: `python -m training.classifier --data ../shared/data --out RUN`.
 
-A run folder holds settings, tokenizer, the learning curve, the best weights (model.pt) and, until
-it is through, where to go on from (state.pt): start it again to resume. With a teacher, another run
-folder, the student learns what that says of each passage besides the labels. Calibration,
-thresholds and figures are made from the model that serves, so they come with the export.
+A run folder holds settings, tokenizer, the learning curve, the best weights (model.pt), the last
+ones (last.pt) and, until it is through, where to go on from (state.pt): start it again to resume.
+With a teacher, another run folder, the student learns what that says of each passage besides the
+labels. Calibration, thresholds and figures are made from the model that serves, so they come with
+the export.
 """
 
 import argparse

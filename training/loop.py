@@ -25,8 +25,9 @@ class Pace(NamedTuple):
 class Loop(Generic[Batch]):
     """One training run: model, optimiser, schedule, and where it stands.
 
-    The folder gets curve.jsonl, the weights of the lowest held-out loss as model.pt and, until the
-    run is through, state.pt.
+    The folder gets curve.jsonl, the weights of the lowest held-out loss as model.pt, those of the
+    last step as last.pt (they may rank better and be calibrated worse) and, until the run is
+    through, state.pt.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Loop(Generic[Batch]):
                 if self._worse >= pace.patience:
                     break
         self._save()
+        torch.save(self._model.state_dict(), self._folder / "last.pt")
         (self._folder / "state.pt").unlink()
 
     def _learn(self, batch: Batch) -> float:

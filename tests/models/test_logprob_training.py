@@ -193,4 +193,5 @@ def test_a_run_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
     weight = run(cut_short, seen, 0)
     assert seen == list(range(20))
     assert torch.equal(weight, run(whole, [], 0))
+    assert torch.equal(weight, torch.load(whole / "last.pt", weights_only=True)["weight"])
     assert not (cut_short / "state.pt").exists()
