@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from tqdm import tqdm
 
-from detectors.combine import Combination
+from detectors.combine import Combination, highest
 from detectors.harms import COLUMNS, HARMFUL
 from detectors.load import load_combination, load_detectors
 from detectors.protocol import Detector, FloatArray, Passage
@@ -29,7 +29,7 @@ from training.windows import Sample, judged
 
 _ABOVE: Final = 0.15  # probability of any harm
 _ROWS_A_CALL: Final = 40
-_MOST: Final = 500
+_MOST: Final = 500  # rows of a source that count: one of them has most
 _SOURCES: Final = (
     sources.SOUND | sources.LONG_HARMLESS | sources.LOOK_ALIKES | sources.COUNTER_SPEECH
 )
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--detectors", nargs="+", default=["toxicity", "words", "context", "context_large"]
     )
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of theirs")
-    parser.add_argument("--rows", type=int, default=0, help="read at most; 0 = all: half an hour")
+    parser.add_argument("--rows", type=int, default=0, help="read at most; 0 = all: 15 minutes on 2 threads")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     detectors = load_detectors(arguments.detectors, arguments.models)
@@ -125,7 +125,7 @@ def scored(
             said[number - 1, open_] = detector.score(detector.encode([passages[i] for i in open_]))
         if number in ends:
             open_ = open_[~ends[number].settles(said[:, open_])]
-    return combination.combined(said) if combination else said.max(axis=0)
+    return combination.combined(said) if combination else highest(said)
 
 
 if __name__ == "__main__":
