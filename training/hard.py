@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--detectors", nargs="+", default=["toxicity", "words", "context", "context_large"]
     )
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of theirs")
-    parser.add_argument("--rows", type=int, default=0, help="read at most; 0 = all: 15 minutes on 2 threads")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="read at most; 0 = all: 15 minutes on 2 threads"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     detectors = load_detectors(arguments.detectors, arguments.models)
