@@ -29,7 +29,7 @@ from detectors.session import Precision
 from export import checkpoint, manifest, weights
 from export.errors import ExportError
 from export.parity import ParityError
-from export.quantize import quantize_causal
+from export.quantize import quantize
 from export.smooth import smooth
 from export.to_onnx import OPSET, mark, opset
 from export.tokenizer import hardened
@@ -81,7 +81,7 @@ def export(asked: Asked) -> dict[str, Any]:
     expected = by_torch(model, asked.out, _start(asked, model.config))
     smooth(model, _as_served(model, asked))
     write(model, fp32)
-    quantize_causal(fp32, int8)
+    quantize(fp32, int8)
     found = _contents(asked, model, opset(fp32))
     manifest.write(asked.out, found)
     try:

@@ -32,7 +32,6 @@ from training.windows import Sample, capped, samples
 
 _HELD_OUT: Final = 800  # rows from whose windows those come whose loss picks the weights
 _WINDOWS: Final = 1_200
-_OWN: Final = 9_000  # rows of our own texts: variants of some six thousand frames
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,15 @@ def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
 
 
 def own_share(own: list[Row], chance: random.Random) -> list[Row]:
-    """As many of our own texts as the mix takes."""
-    return chance.sample(own, min(_OWN, len(own)))
+    """As many of our own texts as the mix takes: variants of some twelve thousand frames."""
+    by_source: dict[str, list[Row]] = {}
+    for row in own:
+        by_source.setdefault(row.source, []).append(row)
+    chosen: list[Row] = []
+    for source, members in by_source.items():
+        most = sources.OWN_CAP * (2 if source in sources.PLAIN else 1)
+        chosen += chance.sample(members, min(most, len(members)))
+    return chosen
 
 
 def _soft(run: Path, found: Sequence[Sample], settings: Settings) -> npt.NDArray[np.float32]:

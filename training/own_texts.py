@@ -23,7 +23,9 @@ SOURCES: Final = (
     "own_privacy", "own_misinformation", "own_illegal", "own_violence", "own_sexual", "own_hate",
     "own_self_harm_other", "own_lookalikes", "own_counterspeech", "own_refusals",
     "own_harmless_replies", "own_answers_crime", "own_answers_people", "own_answers_danger",
-    "own_requests",
+    "own_requests", "own_plain_crime", "own_plain_people", "own_plain_conduct", "own_plain_more",
+    "own_plain_long", "own_borderline", "own_jailbreak", "own_assistant", "own_plain_prompts",
+    "own_prompts_more", "own_plain_posts", "own_statements",
 )  # fmt: skip
 
 _HEAD: Final = re.compile(

@@ -66,7 +66,15 @@ ORDINARY: Final = frozenset({"arena_hard", "biggen_references", "gpteacher_rolep
 # answers to attacks, by labels of our own: whole in every mix, as nothing else is like them.
 WHOLE: Final = frozenset({"hh_rlhf_harmless", "hh_rlhf_harmless_requests", "past_tense_replies"})
 
+# Our own texts in the plain words that people type and models answer in.
+PLAIN: Final = frozenset({
+    "own_plain_crime", "own_plain_people", "own_plain_conduct", "own_plain_more", "own_plain_long",
+    "own_borderline", "own_jailbreak", "own_assistant", "own_plain_prompts", "own_prompts_more",
+    "own_plain_posts", "own_statements",
+})  # fmt: skip
+
 CAP: Final = 700  # rows a source
+OWN_CAP: Final = 350  # rows of a source of our own texts; twice as many of one in PLAIN
 CAPS: Final = {
     # Replies: the texts that the worker judges.
     "arena_hard": 1000,
