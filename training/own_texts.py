@@ -25,7 +25,7 @@ SOURCES: Final = (
     "own_harmless_replies", "own_answers_crime", "own_answers_people", "own_answers_danger",
     "own_requests", "own_plain_crime", "own_plain_people", "own_plain_conduct", "own_plain_more",
     "own_plain_long", "own_borderline", "own_jailbreak", "own_assistant", "own_plain_prompts",
-    "own_prompts_more", "own_plain_posts", "own_statements",
+    "own_prompts_more", "own_plain_posts",
 )  # fmt: skip
 
 _HEAD: Final = re.compile(

@@ -70,7 +70,7 @@ WHOLE: Final = frozenset({"hh_rlhf_harmless", "hh_rlhf_harmless_requests", "past
 PLAIN: Final = frozenset({
     "own_plain_crime", "own_plain_people", "own_plain_conduct", "own_plain_more", "own_plain_long",
     "own_borderline", "own_jailbreak", "own_assistant", "own_plain_prompts", "own_prompts_more",
-    "own_plain_posts", "own_statements",
+    "own_plain_posts",
 })  # fmt: skip
 
 CAP: Final = 700  # rows a source

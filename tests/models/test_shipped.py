@@ -57,5 +57,5 @@ def test_a_graph_of_another_base_is_refused(shipped: tuple[Any, Path]) -> None:
     """The sizes do not fit: the missing weights are named."""
     from training.shipped import recovered
 
-    with pytest.raises(ValueError, match="not of minilm .*: no encoder.embeddings.word"):
+    with pytest.raises(ValueError, match=r"not of minilm .*: no encoder\.embeddings\.word"):
         recovered(Path(__file__).parent / "served" / "model.int8.onnx", "minilm", 0)
