@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
+ALSO ?=
 LOCK := $(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-annotate \
 	--custom-compile-command "make lock" pyproject.toml
 
@@ -49,9 +50,10 @@ bench: setup ## the benchmarks, peers beside ours
 test-train: .venv-train/.done ## the tests that need torch: export and its parity, in .venv-train
 	.venv-train/bin/python -m pytest -m train tests/models
 
-TRAIN := .venv-train/bin/python -m training.classifier --data $(DATA)
+MORE := $(if $(ALSO),--also $(ALSO))
+TRAIN := .venv-train/bin/python -m training.classifier --data $(DATA) $(MORE)
 
-train: .venv-train/.done ## detectors from data to models/: make train DATA=folder
+train: .venv-train/.done ## detectors from data to models/: make train DATA=folder [ALSO=your.jsonl]
 	@test -n "$(DATA)" || { echo "say where the data is: make train DATA=folder"; exit 2; }
 	.venv-train/bin/python -m training.hard --data $(DATA) --threads 2 --out runs/hard.jsonl
 	$(TRAIN) --base mpnet --frozen 4 --rows 14000 --steps 330 --learning-rate 4e-5 --seed 19 --out runs/teacher
@@ -62,7 +64,7 @@ train: .venv-train/.done ## detectors from data to models/: make train DATA=fold
 	$(TRAIN) --base mpnet --layers 9 --frozen 2 --rows 28000 --steps 1200 --seed 59 --learning-rate 5e-5 --patience 8 --hard runs/hard.jsonl --out runs/larger
 	.venv-train/bin/python -m export --checkpoint runs/averaged --data $(DATA) --out models
 	.venv-train/bin/python -m export --checkpoint runs/larger --views context_large --data $(DATA) --out models
-	.venv-train/bin/python -m training.words --data $(DATA) --out runs/words
+	.venv-train/bin/python -m training.words --data $(DATA) $(MORE) --out runs/words
 	.venv-train/bin/python -m export.words --run runs/words --data $(DATA) --out models/words
 	.venv-train/bin/python -m export.combined --models models/toxicity models/context --name encoders --data $(DATA)
 	.venv-train/bin/python -m export.combined --models models/toxicity models/words models/context --name small --first 2 --data $(DATA)

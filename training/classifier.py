@@ -85,7 +85,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=Settings.epochs)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--threads", type=int, default=Settings.threads)
-    parser.add_argument("--rows", type=int, default=Settings.rows, help="at most; 0 = all")
+    parser.add_argument(
+        "--rows", type=int, default=Settings.rows,
+        help="of the packs at most, sources.WHOLE aside; 0 = all",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=Settings.steps, help="at most; 0 = all")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument(
@@ -155,7 +158,7 @@ def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
 
 
 def own_share(own: list[Row], chance: random.Random) -> list[Row]:
-    """As many of our own texts as the mix takes: variants of some twelve thousand frames."""
+    """As many of our own texts as the mix takes: variants of some sixteen thousand frames."""
     by_source: dict[str, list[Row]] = {}
     for row in own:
         by_source.setdefault(row.source, []).append(row)
