@@ -101,9 +101,17 @@ def calibrating(parts: Parts, own: Iterable[Row], sample: int) -> Calibrating:
         known=_some(parts.calibrate, sample),
         unknown=_some(parts.unknown, _UNSEEN * sample),
         long_harmless=_some(filter(is_long_harmless, both), _LONG * sample),
-        look_alikes=_some(_of(harmless, sources.LOOK_ALIKES), _LONG * sample),
-        counter_speech=_some(_of(harmless, sources.COUNTER_SPEECH), _LONG * sample),
+        look_alikes=_as_public(_some(_of(harmless, sources.LOOK_ALIKES), _LONG * sample)),
+        counter_speech=_as_public(_some(_of(harmless, sources.COUNTER_SPEECH), _LONG * sample)),
     )
+
+
+def _as_public(some: list[Row]) -> list[Row]:
+    """No more of our own texts than of other people's: a model that was trained on their author
+    passes them more easily, and many of them would keep a limit from ever being reached."""
+    own = [row for row in some if row.source.startswith("own_")]
+    public = [row for row in some if not row.source.startswith("own_")]
+    return [*public, *own[: len(public)]]
 
 
 def _of(some: Iterable[Row], names: frozenset[str]) -> Iterator[Row]:
@@ -126,12 +134,13 @@ def distinct(some: Iterable[Row]) -> list[Row]:
 
 
 def _stand_ins(folder: Path, parts: Parts, sample: int) -> list[Row]:
-    """Rows on prompts that were not trained on. Nothing, where the folder is not there."""
+    """Rows on prompts that nothing was trained or chosen on. Nothing, where the folder is not
+    there."""
     if not folder.is_dir():
         return []
-    trained = {row.group for row in parts.fit}
+    used = {row.group for part in (parts.fit, parts.calibrate, parts.unknown) for row in part}
     found = (row for row in rows.read(folder) if row.source in STAND_INS)
-    return _some((row for row in found if row.group not in trained), _STAND_IN * sample)
+    return _some((row for row in found if row.group not in used), _STAND_IN * sample)
 
 
 def _some(members: Iterable[Row], most: int) -> list[Row]:

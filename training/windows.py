@@ -12,7 +12,6 @@ from training import sources
 from training.rows import Row
 
 _LONGEST: Final = DEFAULT_LIMITS.max_chars
-_BEFORE: Final = DEFAULT_LIMITS.max_chars  # at most, of the text before that the worker gives
 _HARM_SHOWS: Final = 300  # a harmful reply's opening, "Sure, here is", is not harm yet
 _TURN_SHOWS: Final = 60  # characters of it, of what is harmful from a known place on
 _MOST_WINDOWS: Final = 2  # of one row, in training
@@ -67,10 +66,7 @@ def one(row: Row, chance: random.Random) -> Sample:
 
 
 def _of_row(row: Row, chance: random.Random) -> Iterator[Sample]:
-    if max(row.targets) > 0:
-        windows = _harmful_windows(row)
-    else:
-        windows = [_less_before(passage, chance) for passage in judged(row)]
+    windows = _harmful_windows(row) if max(row.targets) > 0 else judged(row)
     most = 2 * _MOST_WINDOWS if _scarce(row) else _MOST_WINDOWS
     for passage in chance.sample(windows, min(most, len(windows))):
         yield Sample(passage, row.targets, row.weights, row.source)
@@ -92,13 +88,6 @@ def _alone(found: Iterable[Sample], chance: random.Random) -> Iterator[Sample]:
         yield sample._replace(
             passage=Passage(passage.text, "", ()), weights=sample.weights if said else _UNKNOWN
         )
-
-
-def _less_before(passage: Passage, chance: random.Random) -> Passage:
-    """Half of the time as the worker gives it, else with less: every length is harmless."""
-    if chance.random() < 0.5:
-        return passage
-    return passage._replace(before=passage.before[chance.randrange(_BEFORE) :])
 
 
 def _scarce(row: Row) -> bool:
@@ -125,9 +114,11 @@ def _turned(rows: list[Row], chance: random.Random) -> Iterator[Sample]:
 
     Most harmful rows are harmful throughout, and posts have no conversation. The worker meets
     answers that turn: the label is that of the segment, and the change of style is on both sides.
+    Only texts that stood alone turn: "Yes, do that" is harmful behind its own question alone.
     """
     plain = [row for row in rows if row.source in sources.SOUND and row.kind == "reply"]
-    short = [row for row in rows if row.kind != "prompt" and 40 <= len(row.text) <= _LONGEST]
+    alone = (row for row in rows if row.kind != "prompt" and not row.conversation)
+    short = [row for row in alone if 40 <= len(row.text) <= _LONGEST]
     harmful = [row for row in short if max(row.targets) > 0]
     harmless = [row for row in short if max(row.targets) == 0 and row.weights[-1] > 0]
     if not (plain and harmful and harmless):

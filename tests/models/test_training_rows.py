@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from detectors.harms import COLUMNS, HARMS
+from detectors.protocol import Turn
 from training import also, rows, sets, sources, windows
 from training.rows import Row
 
@@ -95,7 +96,8 @@ def test_what_is_reported_chooses_nothing() -> None:
     """Calibration and thresholds see no row, no prompt and no source of sources left out that is
     reported; our own texts among them are those that no training sees."""
     chance = random.Random(0)
-    names = ["gptfuzz", "or_bench_hard", "arena_hard", *sorted(sources.LEFT_OUT)]
+    names = ["gptfuzz", "or_bench_hard", "arena_hard", "gbv_counterspeech"]
+    names += sorted(sources.LEFT_OUT)
     many = [
         row(id=str(i), source=chance.choice(names), group=str(chance.randrange(900)), dev=True)
         for i in range(3000)
@@ -111,6 +113,41 @@ def test_what_is_reported_chooses_nothing() -> None:
     assert own
     assert all(r.dev for r in own)
     assert not {r.id for r in own} & {r.id for r in also.own()}
+
+
+def test_of_what_has_to_pass_other_peoples_texts_are_at_least_half() -> None:
+    """Our own are easier for a model that learnt from their author."""
+    many = [row(id=str(i), source="gbv_counterspeech", group=str(i), dev=True) for i in range(30)]
+    chosen = sets.calibrating(rows.split(many), also.own_held_out(), 40)
+    own = [r for r in chosen.counter_speech if r.source == "own_counterspeech"]
+    assert 0 < len(own) == len(chosen.counter_speech) - len(own)
+    assert not chosen.look_alikes  # of these there is no public one here
+
+
+def test_windows_hold_what_stands_before_them_whole_or_not_at_all() -> None:
+    """As the worker gives it: a word cut in two would tell harmless windows from harmful ones."""
+    text = "A sentence of some words that says little of note. " * 40
+    some = [row(id=str(n), text=text, targets=(n % 2,) * 7, weights=(1.0,) * 7) for n in range(60)]
+    whole = {passage.before for passage in windows.judged(some[0])}
+    found = windows.samples(some, random.Random(3))
+    assert {s.targets[0] for s in found if s.passage.before} == {0, 1}
+    assert {s.passage.before for s in found} <= whole
+
+
+def test_only_texts_that_stood_alone_turn_up_behind_other_peoples_answers() -> None:
+    """A short answer may be harmful behind its own question alone."""
+    asked = (Turn("user", "May I?"),)
+    plain = row(id="p", source="arena_hard", kind="reply", text="An ordinary answer. " * 9,
+                conversation=asked)  # fmt: skip
+    both = [
+        row(id=f"{n}{kind}", kind=kind, conversation=asked if kind == "reply" else (),
+            text=f"{kind}: surely yes, you may go on with it now.", targets=(n,) * 7,
+            weights=(1.0,) * 7)
+        for n in (0, 1) for kind in ("reply", "comment")
+    ]  # fmt: skip
+    turned = [s for s in windows.samples([plain, *both], random.Random(3)) if s.source == "turned"]
+    assert {s.targets[0] for s in turned} == {0, 1}
+    assert all(s.passage.text.startswith("comment") for s in turned)
 
 
 def test_both_groups_of_sources_left_out_have_every_kind() -> None:

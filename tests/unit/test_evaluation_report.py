@@ -187,11 +187,14 @@ def test_a_larger_sample_keeps_the_smaller_one() -> None:
     assert {r.id for r in few} < {r.id for r in more}
 
 
-def test_stand_ins_leave_out_prompts_that_were_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stand_ins_leave_out_prompts_of_training_and_of_choices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And sources that stand in for nothing."""
-    named = [row(i, source="beavertails_even", group=str(i)) for i in range(4)]
+    named = [row(i, source="beavertails_even", group=str(i)) for i in range(6)]
     other = [row(9, source="liar")]
     monkeypatch.setattr(rows, "read", lambda _: [*named, *other])
-    parts = rows.Parts([row(0, group="2")], [], [], [], [])
+    used = [[row(0, group=group)] for group in "245"]
+    parts = rows.Parts(fit=used[0], calibrate=used[1], report=[], unseen=[], unknown=used[2])
     found = sets._stand_ins(Path(__file__).parent, parts, 40)
     assert sorted(r.group for r in found) == ["0", "1", "3"]
