@@ -22,6 +22,7 @@ from detectors.protocol import BoolArray, FloatArray, IntArray
 
 FILE: Final = "combination.json"
 _FILES: Final = "combination*.json"
+_GRAPHS: Final = ("model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx")  # as export names them
 _NEAREST = 1e-6  # to 0 and to 1, of a probability that becomes log-odds
 _DECIMALS = 6
 
@@ -108,7 +109,7 @@ def read(folder: Path, detectors: Sequence[Named]) -> Combination | None:
     """The combination of exactly these detectors; None where the folder has none for their names.
 
     There may be several, combination.json and combination-*.json, each for other names. Raises
-    CombinationError where it was learnt for other digests, or makes no sense.
+    CombinationError where it was learnt for other folders, or makes no sense.
     """
     if len(detectors) < 2:
         return None
@@ -120,13 +121,27 @@ def read(folder: Path, detectors: Sequence[Named]) -> Combination | None:
         raise CombinationError(f"{folder}: two combinations of {', '.join(names)}: remove one")
     _check(found[0])
     for detector in detectors:
-        if found[0].detectors[detector.name] != detector.digest:
+        if not _is_of(detector.digest, found[0].detectors[detector.name]):
             raise CombinationError(
                 f"the combination of {', '.join(names)} was learnt with another {detector.name}: "
                 "learn it again with `python -m export.combined`, or remove its file to let the "
                 "highest score count"
             )
     return found[0]
+
+
+def with_graph(digest: str, graph: str) -> str:
+    """The digest of a folder where another graph than its manifest's own is run."""
+    return sha256(f"{digest} {graph}".encode()).hexdigest()
+
+
+def _is_of(digest: str, folder: str) -> bool:
+    """Whether it is the folder's own digest, or that of another of its graphs.
+
+    Weights are learnt with the graph that the CPU serves and hold for the others: an export fails
+    where their logits stray.
+    """
+    return digest in (folder, *(with_graph(folder, graph) for graph in _GRAPHS))
 
 
 def _decoded(path: Path) -> Combination:

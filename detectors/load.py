@@ -112,6 +112,8 @@ def _plan(
     spec: SecondSpec, models: Path, detectors: Sequence[Detector], combination: Combination | None
 ) -> Plan | None:
     expected = second.encoders(detectors, combination)
+    if combination is not None:  # it holds the folders' digests, whichever graphs are run
+        expected = (*combination.detectors.values(), combination.digest)
     if spec.fitting and not any((models / spec.name).glob(second.FILES)):
         return None
     elsewhere = spec.name.startswith((*_SERVERS, PYTHON))

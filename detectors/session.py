@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from detectors.buckets import Shape, batches, shapes
+from detectors.combine import with_graph
 from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.labels import LabelMap
 from detectors.protocol import FloatArray, IntArray, Window
@@ -135,7 +136,7 @@ class Folder:
         """The digest where `graph` is run: another one gives other scores, so other cache keys."""
         if graph == self.manifest.model:
             return self.digest
-        return sha256(f"{self.digest} {graph}".encode()).hexdigest()
+        return with_graph(self.digest, graph)
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, the same ones whose digest was compared."""

@@ -31,26 +31,34 @@ def quantize(fp32: Path, int8: Path) -> None:
 
 def _rows_in_int8(graph: onnx.GraphProto) -> None:
     """What is looked up in a float table becomes a row in int8 times the row's scale."""
-    tables = {table.name: table for table in graph.initializer if len(table.dims) == 2}
+    tables = {
+        table.name: table for table in graph.initializer
+        if len(table.dims) == 2 and table.data_type == onnx.TensorProto.FLOAT
+    }  # fmt: skip
     looked_up = [n for n in graph.node if n.op_type == "Gather" and n.input[0] in tables]
-    for node in looked_up:
+    by_row = [node for node in looked_up if _axis(node) == 0]  # another axis takes no whole rows
+    for node in by_row:
         name, ids = node.input
-        table = numpy_helper.to_array(tables[name])
-        if table.dtype != np.float32:
-            continue
-        scales = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12) / 127
-        whole = np.round(table / scales).astype(np.int8)
-        graph.initializer.append(numpy_helper.from_array(whole, f"{name}.int8"))
-        graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scale"))
+        (row,) = node.output  # one table may be looked up in several places
         made = [
-            helper.make_node("Gather", [f"{name}.int8", ids], [f"{name}.row"]),
-            helper.make_node("Cast", [f"{name}.row"], [f"{name}.float"], to=onnx.TensorProto.FLOAT),
-            helper.make_node("Gather", [f"{name}.scale", ids], [f"{name}.row_scale"]),
-            helper.make_node("Mul", [f"{name}.float", f"{name}.row_scale"], node.output),
+            helper.make_node("Gather", [f"{name}.int8", ids], [f"{row}.int8"]),
+            helper.make_node("Cast", [f"{row}.int8"], [f"{row}.float"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Gather", [f"{name}.scale", ids], [f"{row}.scale"]),
+            helper.make_node("Mul", [f"{row}.float", f"{row}.scale"], [row]),
         ]
         place = list(graph.node).index(node)
         graph.node.remove(node)
         for offset, new in enumerate(made):
             graph.node.insert(place + offset, new)
+    for name in dict.fromkeys(node.input[0] for node in by_row):
+        table = numpy_helper.to_array(tables[name])
+        scales = np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12) / 127
+        whole = np.round(table / scales).astype(np.int8)
+        graph.initializer.append(numpy_helper.from_array(whole, f"{name}.int8"))
+        graph.initializer.append(numpy_helper.from_array(scales, f"{name}.scale"))
         if not any(name in other.input for other in graph.node):
             graph.initializer.remove(tables[name])
+
+
+def _axis(node: onnx.NodeProto) -> int:
+    return next((int(given.i) for given in node.attribute if given.name == "axis"), 0)

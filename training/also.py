@@ -2,16 +2,18 @@
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
 from detectors.harms import HARMS, OTHER
+from detectors.segments import DEFAULT_LIMITS
 from training.own_texts import own_rows
-from training.rows import Row, row_of
+from training.rows import Parts, Row, row_of
 
 _REQUIRED: Final = ("text", "harmful", "labels")
+_UNCUT: Final = DEFAULT_LIMITS.min_chars - 1  # characters in which no segment ends
 
 
 def own() -> list[Row]:
@@ -25,11 +27,11 @@ def own_held_out() -> list[Row]:
 
 
 def read_files(paths: Sequence[Path]) -> list[Row]:
-    """Rows of JSON Lines files, gzipped or not, in either of two forms.
+    """Rows of JSON Lines files, gzipped or not, in either of two forms, that training may see.
 
-    Records in the packs' schema need `text`, `harmful` and `labels`; the rest has defaults. Records
-    of `moderation.review` and `moderation.feedback`, in one file or several, are joined by
-    decision_id. ValueError names file, line and field.
+    Records in the packs' schema need `text`, `harmful` and `labels`; the rest has defaults, and
+    those of the split "dev" are left out. Records of `moderation.review` and `moderation.feedback`,
+    in one file or several, are joined by decision_id. ValueError names file, line and field.
     """
     rows: list[Row] = []
     reviews: dict[str, dict[str, Any]] = {}
@@ -42,7 +44,13 @@ def read_files(paths: Sequence[Path]) -> list[Row]:
                 reviews[record["decision_id"]] = record
             else:
                 rows.append(_checked(record, f"{path.name}:{number}"))
-    return [*rows, *_reviewed(reviews, labels)]
+    return [row for row in [*rows, *_reviewed(reviews, labels)] if not row.dev]
+
+
+def apart(rows: Iterable[Row], parts: Parts) -> list[Row]:
+    """Those whose prompt is in no part that calibrates or is reported."""
+    held_out = {row.group for part in parts[1:] for row in part}
+    return [row for row in rows if row.group not in held_out]
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -78,27 +86,46 @@ def _checked(record: dict[str, Any], where: str) -> Row:
 def _reviewed(
     reviews: dict[str, dict[str, Any]], labels: Iterable[dict[str, Any]]
 ) -> Iterator[Row]:
-    """A row for each reviewed decision that has labels; reviewers who disagree cancel out."""
-    votes: dict[str, dict[str, list[bool]]] = {}
+    """A row for each reviewed decision that has labels; reviewers who disagree cancel out.
+
+    A label without `picked_with` is a complaint, which proves nothing (worker/feedback.py).
+    """
+    votes: dict[str, dict[str, dict[str, bool]]] = {}  # by decision, harm and reviewer
     for label in labels:
-        if label["decision_id"] in reviews:
+        if label["decision_id"] in reviews and label.get("picked_with") is not None:
             said = votes.setdefault(label["decision_id"], {})
-            said.setdefault(label["harm"], []).append(bool(label["harmful"]))
+            said.setdefault(label["harm"], {})[label["reviewer"]] = bool(label["harmful"])
     for decision_id, said in votes.items():
-        settled = {harm: _majority(all_of) for harm, all_of in said.items()}
-        known = {harm: vote for harm, vote in settled.items() if vote is not None}
-        review = reviews[decision_id]
-        harmful = 1 if any(known.values()) else known.get(OTHER)
-        yield _checked(
-            {
-                "id": decision_id, "source": "reviewers", "text": review["text"],
-                "context": review.get("context", []), "harmful": harmful,
-                "labels": {harm: int(vote) for harm, vote in known.items() if harm in HARMS},
+        settled = {harm: _majority(by_reviewer.values()) for harm, by_reviewer in said.items()}
+        yield _labelled(decision_id, reviews[decision_id], settled)
+
+
+def _labelled(decision_id: str, review: dict[str, Any], settled: dict[str, bool | None]) -> Row:
+    """The segment with what was judged with it. settled: by harm, None of a tie."""
+    tied = None in settled.values()
+    harmful = 1 if any(settled.values()) else None if tied else settled.get(OTHER)
+    before = review.get("before", "")
+    if harmful != 1:  # all windows of such a row count as harmless, and `before` has no label
+        before = _last_words(before)
+    return _checked(
+        {
+            "id": decision_id, "source": "reviewers", "text": before + review["text"],
+            "turns_at": len(before), "context": review.get("context", []), "harmful": harmful,
+            "labels": {
+                harm: int(vote) for harm, vote in settled.items()
+                if harm in HARMS and vote is not None
             },
-            decision_id,
-        )  # fmt: skip
+        },
+        decision_id,
+    )  # fmt: skip
 
 
-def _majority(votes: Sequence[bool]) -> bool | None:
-    against = len(votes) - sum(votes)
-    return None if sum(votes) == against else sum(votes) > against
+def _last_words(before: str) -> str:
+    """So few that the segment which they begin ends behind them."""
+    last = before[-_UNCUT:]
+    return last if len(before) <= _UNCUT else last.partition(" ")[2] or last
+
+
+def _majority(said: Collection[bool]) -> bool | None:
+    against = len(said) - sum(said)
+    return None if sum(said) == against else sum(said) > against

@@ -25,7 +25,7 @@ from detectors.tokens import PairTokens
 from training import also, base, hard, sources
 from training.batches import Example, batches, examples, padded
 from training.distil import soft_targets
-from training.loop import Loop, Pace
+from training.loop import Loop, Pace, through
 from training.model import Judge, fresh
 from training.rows import Parts, Row, read, split
 from training.windows import Sample, capped, samples
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = split(read(arguments.data / "permissive"))
     print({name: len(rows) for name, rows in parts._asdict().items()}, flush=True)
     prepare(run, settings)
-    if not (run / "model.pt").exists() or (run / "state.pt").exists():
+    if not through(run):
         train(run, parts, settings)
     print(f"trained; next: python -m export --checkpoint {run} --data {arguments.data}")
 
@@ -154,7 +154,7 @@ def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
         rows = [*whole, *chance.sample(rows, min(settings.rows, len(rows)))]
     if settings.own:
         rows += own_share(also.own(), chance)
-    return rows + also.read_files(list(map(Path, settings.also)))
+    return rows + also.apart(also.read_files(list(map(Path, settings.also))), parts)
 
 
 def own_share(own: list[Row], chance: random.Random) -> list[Row]:

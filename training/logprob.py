@@ -28,7 +28,7 @@ from detectors.prompts import PROMPTS, SHORT_LIMITS, body, prefix
 from training import also, causal_base
 from training.batches import batches
 from training.classifier import own_share
-from training.loop import Loop, Pace
+from training.loop import Loop, Pace, through
 from training.metrics import auroc
 from training.rows import Parts, provenance, read, split
 from training.windows import Sample, capped, samples
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     classifier, tokenizer = _start(settings)
-    if not (run / "model.pt").exists() or (run / "state.pt").exists():
+    if not through(run):
         train(run, split(read(given["data"] / "permissive")), classifier, tokenizer, settings)
     classifier.load_state_dict(torch.load(run / "model.pt", weights_only=True))
     classifier.model.save_pretrained(run / "model")

@@ -22,6 +22,11 @@ class Pace(NamedTuple):
     patience: int = 3  # looks without a better one end the run
 
 
+def through(folder: Path) -> bool:
+    """Whether a run has ended there. One killed before it first saved may have left model.pt."""
+    return (folder / "last.pt").exists() and not (folder / "state.pt").exists()
+
+
 class Loop(Generic[Batch]):
     """One training run: model, optimiser, schedule, and where it stands.
 

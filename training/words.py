@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     settings = Settings(also=tuple(map(str, given.also)))
     parts = split(read(given.data / "permissive"))
-    more = [*(also.own() if settings.own else []), *also.read_files(given.also)]
+    added = also.apart(also.read_files(given.also), parts)
+    more = [*(also.own() if settings.own else []), *added]
     chosen = texts(parts.fit, more, settings)
     print(f"{len(chosen)} texts", flush=True)
     model = train(chosen, settings)

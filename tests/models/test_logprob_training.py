@@ -1,9 +1,12 @@
 """Training of the log-prob model: needs the train extra, so CI leaves it out."""
 
+import importlib
 import json
 import os
+import pickle
 import random
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +198,58 @@ def test_a_run_that_is_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(weight, run(whole, [], 0))
     assert torch.equal(weight, torch.load(whole / "last.pt", weights_only=True)["weight"])
     assert not (cut_short / "state.pt").exists()
+
+
+def test_a_run_that_is_killed_before_it_first_saved_begins_anew(tmp_path: Path) -> None:
+    """Weights of the first look are no sign of its end: those of the last step are."""
+    import torch
+
+    from training.loop import Loop, Pace, through
+
+    def run(cut: int) -> None:
+        model = torch.nn.Linear(3, 1)
+
+        def loss(batch: int) -> Any:
+            if batch == cut:
+                raise MemoryError
+            return model(torch.ones(2, 3)).square().mean()
+
+        groups = [{"params": list(model.parameters()), "lr": 0.01}]
+        Loop(tmp_path, model, groups, loss, lambda: 0.0, range(20), Pace()).go()
+
+    with pytest.raises(MemoryError):
+        run(7)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    assert not through(tmp_path)
+    run(-1)
+    assert through(tmp_path)
+    (tmp_path / "state.pt").touch()  # killed as it wrote the last weights
+    assert not through(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["classifier", "logprob"])
+def test_training_goes_on_until_it_is_through(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with the weights of a first look is trained on, one with the last weights is not."""
+    import torch
+
+    module = importlib.import_module(f"training.{name}")
+
+    class Trained(Exception):
+        pass
+
+    def train(*_: Any) -> None:
+        raise Trained
+
+    monkeypatch.setattr(module, "read", lambda _: [])
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "prepare", lambda *_: None, raising=False)
+    monkeypatch.setattr(module, "_start", lambda _: (torch.nn.Linear(1, 1), None), raising=False)
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path)]
+    (tmp_path / "model.pt").write_bytes(b"no weights")
+    with pytest.raises(Trained):
+        module.main(arguments)
+    (tmp_path / "last.pt").touch()
+    with suppress(pickle.UnpicklingError):  # of the log-prob model, whose weights it writes next
+        module.main(arguments)

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from detectors import combine
 from detectors.buckets import Shape, batches
 from detectors.calibrate import sigmoid
+from detectors.constant import Constant
 from detectors.harms import COLUMNS
 from detectors.protocol import Encoded, Passage, Turn, Window
 from detectors.session import Folder, ModelError, Session
@@ -131,6 +133,18 @@ def test_each_precision_has_a_digest_of_its_own() -> None:
     digests = {p: Session(folder, precision=p).digest for p in ("fp32", "fp16", "int8")}
     assert len(set(digests.values())) == 3
     assert digests["int8"] == folder.digest == Toxicity(SERVED).digest
+
+
+def test_a_combination_is_for_every_graph_of_the_folder(tmp_path: Path) -> None:
+    """It is learnt with the graph of the CPU, and a GPU serves another one."""
+    graphs = [Toxicity(SERVED), Toxicity(SERVED, precision="fp16")]
+    other = Constant()
+    other.name = "other"
+    digests = {it.name: it.digest for it in (graphs[0], other)}
+    weights = {column: [1.0, 1.0, 0.0] for column in COLUMNS}
+    contents = {"detectors": digests, "weights": weights, "thresholds": {}}
+    (tmp_path / combine.FILE).write_text(json.dumps(contents))
+    assert [combine.read(tmp_path, (it, other)) is not None for it in graphs] == [True, True]
 
 
 def test_int8_stays_near_fp32(windows: list[Window]) -> None:

@@ -1,5 +1,6 @@
 """From labelled texts to the graph of the words detector. Needs the train extra."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,41 @@ def test_a_source_is_capped() -> None:
 
     many = words.texts(rows(sources.CAP * 3, "harmfulqa"), [], words.Settings(caps=0.5))
     assert len(many) <= sources.CAP * 0.5
+
+
+@pytest.mark.parametrize("name", ["words", "classifier"])
+def test_of_a_users_rows_those_on_held_out_prompts_join_no_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the encoders and of the words detector: what is measured must not be known."""
+    import importlib
+    import random
+
+    from training.rows import Parts
+
+    module = importlib.import_module(f"training.{name}")
+    (held,) = rows(1)
+    parts = Parts([], [], [held], [], [])
+    path = tmp_path / "more.jsonl"
+    records = [
+        {"text": "A text.", "harmful": 1, "labels": {}, "id": group, "group": group}
+        for group in (held.group, "free")
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    if name == "classifier":
+        settings = module.Settings(also=(str(path),), own=False)
+        assert [row.id for row in module._rows(parts, settings, random.Random(0))] == ["free"]
+        return
+
+    class Joined(Exception):
+        pass
+
+    def texts(_: Any, more: list[Row], __: Any) -> None:
+        raise Joined([row.id for row in more])
+
+    monkeypatch.setattr(module, "read", lambda _: [])
+    monkeypatch.setattr(module, "split", lambda _: parts)
+    monkeypatch.setattr(module.also, "own", list)
+    monkeypatch.setattr(module, "texts", texts)
+    with pytest.raises(Joined, match=r"^\['free'\]$"):
+        module.main(["--data", "x", "--out", str(tmp_path), "--also", str(path)])

@@ -119,6 +119,16 @@ def test_three_detectors_count_as_they_were_weighed(tmp_path: Path) -> None:
     assert combined[0, 0] == pytest.approx(1 / (1 + math.exp(0.2 * math.log(4) - 0.4)), abs=1e-6)
 
 
+def test_it_is_for_a_folder_whichever_of_its_graphs_is_run(tmp_path: Path) -> None:
+    """On a GPU a detector runs another graph and says so; what is learnt again is another one."""
+    on_gpu = Named("toxicity", combine.with_graph("aa", "model.fp16.onnx"))
+    assert on_gpu.digest != "aa"
+    assert combine.read(written(tmp_path), (on_gpu, PAIR[1])) is not None
+    other = Named("toxicity", combine.with_graph("cc", "model.fp16.onnx"))
+    with pytest.raises(CombinationError, match="another toxicity"):
+        combine.read(tmp_path, (other, PAIR[1]))
+
+
 def test_without_a_file_there_is_none(tmp_path: Path) -> None:
     """A folder of models need not have one."""
     assert combine.read(tmp_path, PAIR) is None

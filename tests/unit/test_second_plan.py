@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from detectors import combine
 from detectors import second as seconds
 from detectors.combine import Combination
 from detectors.harms import COLUMNS
@@ -174,6 +175,18 @@ def test_a_folder_that_cannot_serve_is_refused(tmp_path: Path) -> None:
     (tmp_path / "logprob" / "model.fp32.onnx").write_bytes(b"other weights")
     with pytest.raises(LoadError, match=r"model\.fp32\.onnx"):
         load_second(spec, tmp_path, DETECTORS, None)
+
+
+def test_a_plan_for_a_combination_is_for_every_graph_of_its_folders(tmp_path: Path) -> None:
+    """A detector on a GPU has another digest than the one that the plan names."""
+    shutil.copytree(TINY, tmp_path / "logprob")
+    written(tmp_path / "logprob" / "second.json", encoders=["aa", "bb", "c0"])
+    together = Combination({"toxicity": "aa", "context": "bb"}, {}, {}, digest="c0")
+    on_gpu = SaysDetector()
+    on_gpu.digest = combine.with_graph("aa", "model.fp16.onnx")
+    spec = SecondSpec("logprob")
+    assert load_second(spec, tmp_path, (on_gpu, *DETECTORS), together) is not None
+    assert second_digest(spec, tmp_path, (on_gpu, *DETECTORS), together)
 
 
 def test_what_has_to_fit_is_left_out_where_it_does_not(tmp_path: Path) -> None:
