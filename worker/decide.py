@@ -55,9 +55,12 @@ def keyword_scores(harms: Collection[str]) -> tuple[float, ...]:
 def combine(judgements: Sequence[Judgement]) -> Judgement:
     """The judgement of a segment from those of the windows that it lies in, its own first.
 
-    The highest score per harm counts, and NaN above all. A gap judges nothing before it.
+    The highest score per harm counts, and NaN above all. A gap judges nothing before it. What a
+    keyword blocks stays blocked: a harm or a doubt beside it could only excuse it.
     """
     own = judgements[0]
+    if own.stage == "keyword":
+        return own
     for judgement in judgements[1:]:
         if own.scores is None or own.forced or judgement.forced:
             return own

@@ -101,15 +101,16 @@ def _must_be_proposed(current: ThresholdRecord) -> None:
 
 async def read_latest(settings: Settings) -> dict[tuple[str, str], ThresholdRecord]:
     """The last record of each tenant and harm."""
-    found: dict[tuple[str, str], ThresholdRecord] = {}
+    found: dict[bytes | None, ThresholdRecord] = {}
     async for record in _whole(settings, settings.thresholds_topic):
+        if record.value is None:  # deleted: workers have forgotten it, the topic not yet
+            found.pop(record.key, None)
+            continue
         try:
-            latest = decode_threshold(record.key, record.value or b"")
+            found[record.key] = decode_threshold(record.key, record.value)
         except Unreadable as error:
             log.warning("threshold.unreadable", reason=error.reason, offset=record.offset)
-            continue
-        found[latest.tenant, latest.harm] = latest
-    return found
+    return {(it.tenant, it.harm): it for it in found.values()}
 
 
 async def read_history(settings: Settings) -> list[ThresholdRecord]:

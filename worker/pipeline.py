@@ -15,9 +15,9 @@ transaction, worker/moderator.py by handing it to its caller.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -136,6 +136,7 @@ class Pipeline:
         self._outstanding: deque[Work] = deque()  # oldest first, for the hold deadline
         self._failing: list[Work] = []  # failed at least once
         self._progress = 0.0  # monotonic seconds of the last scores that came
+        self._calls: list[tuple[float, Sequence[Work]]] = []  # under way: since when, with what
         self._cache = ScoreCache(
             connect(settings.redis_url.get_secret_value()) if settings.redis_url else None,
             key=settings.cache_key.get_secret_value().encode() if settings.cache_key else None,
@@ -143,7 +144,9 @@ class Pipeline:
             deadline_ms=settings.redis_deadline_ms, clock=clock,
         )  # fmt: skip
         # Cached are the encoders' scores, which no second look moves; its own have their own keys.
-        self._prefilter = Prefilter(settings, self._keywords, self._cache, encoders, clock)
+        self._prefilter = Prefilter(
+            settings, self.thresholds, self._keywords, self._cache, encoders, clock
+        )
         self._second = SecondLook(second, settings, self._cache, clock, patient) if second else None
         self.loaded = {
             "model": model,
@@ -315,11 +318,12 @@ class Pipeline:
                 continue
             start = self.clock()
             try:
-                rows = await loop.run_in_executor(
-                    self._threads, detect.score, self.detectors,
-                    [work.encoded for work in batch], self._combination,
-                    [work.whole for work in batch],
-                )  # fmt: skip
+                with self._calling(start, batch):
+                    rows = await loop.run_in_executor(
+                        self._threads, detect.score, self.detectors,
+                        [work.encoded for work in batch], self._combination,
+                        [work.whole for work in batch],
+                    )  # fmt: skip
             except DetectorError as error:
                 self._failed(batch, error)
                 continue
@@ -334,11 +338,13 @@ class Pipeline:
         if not self._wanted(work):
             return
         start = self.clock()
+        loop = asyncio.get_running_loop()
         try:
-            encoded, scored, encode_ms = await asyncio.get_running_loop().run_in_executor(
-                self._threads, detect.judge, self.detectors, work.passage, self._combination,
-                work.whole,
-            )  # fmt: skip
+            with self._calling(start, [work]):
+                encoded, scored, encode_ms = await loop.run_in_executor(
+                    self._threads, detect.judge, self.detectors, work.passage, self._combination,
+                    work.whole,
+                )  # fmt: skip
         except DetectorError as error:
             self._failed([work], error)
             return
@@ -346,6 +352,16 @@ class Pipeline:
         work.read_as(encoded, encode_ms)
         work.infer_ms = max(0.0, (self._progress - start) * 1e3 - encode_ms)
         self._scored(work, scored)
+
+    @contextmanager
+    def _calling(self, since: float, works: Sequence[Work]) -> Iterator[None]:
+        """Have the call's own time watched: the other threads' scores say nothing about it."""
+        call = (since, works)
+        self._calls.append(call)
+        try:
+            yield
+        finally:
+            self._calls.remove(call)
 
     async def _more(self) -> None:
         """Wait for entries, or for the batch that is forming to be due."""
@@ -427,7 +443,8 @@ class Pipeline:
             self._arrived.set()
 
     async def _watch_deadlines(self) -> None:
-        """Give up on segments that failed and still do, and on all when no scores come any more.
+        """Give up on segments that failed and still do, on those whose call hangs, and on all when
+        no scores come any more.
 
         A queue alone is no failure: behind detectors that work text is held, not blocked.
         """
@@ -439,6 +456,8 @@ class Pipeline:
             for work in self._failing:
                 if now - work.born >= hold_s:
                     self._give_up(work)
+            for work in self._hung(now - hold_s):
+                self._give_up(work)
             while self._outstanding:
                 work = self._outstanding[0]
                 if self._wanted(work) and not work.asked:
@@ -446,6 +465,14 @@ class Pipeline:
                         break
                     self._give_up(work)
                 self._outstanding.popleft()
+            if len(self._outstanding) > 2 * self.waiting:  # most are done, behind one that is not
+                self._outstanding = deque(it for it in self._outstanding if not it.done)
+
+    def _hung(self, before: float) -> Iterator[Work]:
+        """What is in calls that began so long ago and have not come back."""
+        for since, works in self._calls:
+            if since <= before:
+                yield from filter(self._wanted, works)
 
     def _give_up(self, work: Work) -> None:
         metrics.UNAVAILABLE.inc()

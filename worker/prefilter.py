@@ -5,8 +5,9 @@ from collections.abc import Callable
 from detectors.keywords import KeywordFile
 from worker.assemble import Segment
 from worker.cache import ScoreCache
-from worker.decide import ZEROS, keyword_scores
+from worker.decide import ZEROS, Judgement, keyword_scores, rule
 from worker.settings import Settings
+from worker.thresholds import Thresholds
 
 
 class Screened:
@@ -17,7 +18,7 @@ class Screened:
     def __init__(self, scores: tuple[float, ...] | None, stage: str, harms: frozenset[str]) -> None:
         self.scores = scores  # (7,) where it is settled
         self.stage = stage
-        self.harms = harms  # of blocking keywords whose harm the tenant does not block
+        self.harms = harms  # of blocking keywords that leave it to the models
 
 
 _TO_MODELS = Screened(None, "", frozenset())
@@ -27,10 +28,11 @@ class Prefilter:
     """Keywords and length; and the key under which a segment's scores are cached."""
 
     def __init__(
-        self, settings: Settings, keywords: KeywordFile, cache: ScoreCache, models: str,
-        clock: Callable[[], float],
+        self, settings: Settings, thresholds: Thresholds, keywords: KeywordFile,
+        cache: ScoreCache, models: str, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._settings = settings
+        self._thresholds = thresholds
         self._keywords = keywords
         self._cache = cache
         self._models = models
@@ -43,14 +45,21 @@ class Prefilter:
         )
         blocking = {hit.harm for hit in hits if hit.action == "block"}
         if blocking:
-            actions = self._settings.tenant(segment.stream.tenant).actions
-            if any(actions.get(harm, "block") == "block" for harm in blocking):
-                return Screened(keyword_scores(blocking), "keyword", frozenset())
+            settling = {harm for harm in blocking if self._blocks(harm, segment.stream.tenant)}
+            if settling:
+                return Screened(keyword_scores(settling), "keyword", frozenset())
             return Screened(None, "", frozenset(blocking))  # the models may find worse
         visible = len(segment.before) + len(segment.text)
         if not segment.text or (visible < self._settings.short_chars and not hits):
             return Screened(ZEROS, "short", frozenset())
         return _TO_MODELS
+
+    def _blocks(self, harm: str, tenant: str) -> bool:
+        """Whether a keyword of the harm blocks by itself: beside a type that the tenant only flags
+        or revises, `other` would not count."""
+        judgement = Judgement(keyword_scores({harm}), "keyword")
+        policy = self._settings.tenant(tenant)
+        return rule(judgement, self._thresholds.of(tenant), policy).verdict == "block"
 
     def key(self, segment: Segment) -> bytes:
         """Cache key: everything that can move the scores, and whose they are.

@@ -27,8 +27,12 @@ from worker.settings import TEMPLATES, Settings
 from worker.thresholds import Thresholds
 
 MAX_EARLY_CHARS = 200_000  # of deltas that wait for a missing one; a snapshot holds them
+MAX_SNAPSHOT_BYTES = 7 << 19  # 3.5 MiB; the journal's records may have 4
 DEAD_LETTER_QUIET_S = 0.5  # a run of unreadable records is over after so long without another
 _TOMBSTONES = 500  # a transaction
+_ROLE_CHARS = 64  # a role is a word
+_MOST_BYTES = 6  # of a character in JSON: an escape
+_CUT_BYTES = 100  # of a segment in a snapshot, beside its text: five numbers at most
 _PICKS = ""  # journal key of what was picked for review: no stream's id is empty
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # judged as U+FFFD, and no UTF-8 holds them
 
@@ -89,6 +93,7 @@ class Lane:
         self._dead_last = 0.0  # monotonic seconds
         self._changed: dict[str, None] = {}  # streams to journal, in order
         self._spilled: set[str] = set()
+        self._too_large: dict[str, int] = {}  # to spill, before so many segments are decided
         self._journal_offsets: OrderedDict[str, int] = OrderedDict()
         self._buried_to = 0  # dead letters of offsets below are published
         self._journal_end = 0  # no journal offset that matters is below, where none is known
@@ -172,9 +177,11 @@ class Lane:
         stream.through = max(offset, stream.through)  # a snapshot may be ahead of the re-reading
         if stream.finished or delta.seq < stream.next_seq:
             return []
+        # Kafka's stamp as it is: cut to the wall clock it would not replay the same way.
         silent_ms = timestamp_ms - (stream.last_timestamp_ms or timestamp_ms)
-        if silent_ms > self._rules.settings.idle_timeout_ms:
-            return stream.close(now)
+        # What is rebuilt was decided past this silence, when the timeout may have been longer.
+        if silent_ms > self._rules.settings.idle_timeout_ms and stream.resume is None:
+            return self._lost(stream, now) if stream.early else stream.close(now)
         stream.last_timestamp_ms = max(timestamp_ms, stream.last_timestamp_ms)
         stream.seen = now
         self._streams.move_to_end(stream.stream_id)
@@ -223,6 +230,8 @@ class Lane:
         """A part of the stream never came: end it, blocked, behind what is still being judged."""
         stream.early.clear()
         self._gapped.pop(stream.stream_id, None)
+        if stream.resume is not None:  # the delta read last may have named a decision before
+            stream.last_offset = stream.resume.last[0]
         segment = stream.abandon(now)
         segment.judgement = Judgement(None, "policy", "gap", forced=True)
         return [segment]
@@ -243,8 +252,13 @@ class Lane:
         if caught_up:
             self._log_ms = max(self._log_ms, wall_ms)
             segments += self._idle(now)
-        for _ in range(len(self._streams) - settings.max_open_streams):
-            segments += self.end_silent(now)
+        excess = len(self._streams) - settings.max_open_streams
+        if excess > 0:  # those that have ended, undecided, make room by themselves
+            excess -= sum(stream.finished for stream in self._streams.values())
+        while excess > 0:
+            ended = self.end_silent(now)
+            segments += ended
+            excess -= bool(ended)
         return segments
 
     def _idle(self, now: float) -> list[Segment]:
@@ -352,6 +366,7 @@ class Lane:
         self._streams.pop(stream_id, None)
         self._gapped.pop(stream_id, None)
         self._spilled.discard(stream_id)
+        self._too_large.pop(stream_id, None)
         self._open.release(stream_id)
         self._closed[stream_id] = Closed(wall_ms, stream.through)
 
@@ -413,15 +428,19 @@ class Lane:
         letters = self._take_dead_letters(now, drain)
         self._spill()
         due = drain or now >= self._commit_due
-        if not (self._ready or letters or self._changed or (due and self._behind())):
+        entries = [(stream_id, self._entry(stream_id)) for stream_id in self._changed]
+        held = {stream_id for stream_id, record in entries if record is None}
+        journal: list[tuple[str, bytes | None]] = [it for it in entries if it[0] not in held]
+        decisions = [it for it in self._ready if it.stream_id not in held]
+        if not (decisions or letters or journal or (due and self._behind())):
             return None
         self._commit_due = now + self._rules.settings.commit_interval_ms / 1e3
-        journal: list[tuple[str, bytes | None]] = []
-        journal += [(stream_id, self._entry(stream_id)) for stream_id in self._changed]
         journal += self._expired()
         journal += self._picks_over()
-        decisions, self._ready, self._changed = self._ready, [], {}
-        reviews, self._reviews = self._reviews, []
+        reviews = [it for it in self._reviews if it.stream_id not in held]
+        self._ready = [it for it in self._ready if it.stream_id in held]
+        self._reviews = [it for it in self._reviews if it.stream_id in held]
+        self._changed = dict.fromkeys(it for it in self._changed if it in held)
         if letters:
             self._buried_to = letters[-1].offset + 1
         journal_from = next(iter(self._journal_offsets.values()), self._journal_end)
@@ -459,27 +478,46 @@ class Lane:
             stream_id = self._open.oldest()
             if stream_id is None or self._streams[stream_id].resume is not None:
                 return  # its text is not all here yet
+            if self._snapshot(stream_id) is None:
+                return  # until more of its text is decided
             self._spilled.add(stream_id)
             self._changed[stream_id] = None
             self._open.need(stream_id, self.position)
 
-    def _entry(self, stream_id: str) -> bytes:
-        """The stream's journal record, or that of the picks."""
+    def _entry(self, stream_id: str) -> bytes | None:
+        """The stream's journal record, or that of the picks; None while it would be too large."""
         if stream_id == _PICKS and self._picker is not None:
             return orjson.dumps(self._picker.state)
         closed = self._closed.get(stream_id)
         if closed is not None:
             return orjson.dumps({"closed_ms": closed.closed_ms, "through": closed.through})
         stream = self._streams[stream_id]
-        entry: dict[str, Any] = {
-            "tenant": stream.tenant, "channel": stream.channel, **stream.progress()._asdict()
-        }  # fmt: skip
         if stream_id not in self._spilled or stream.resume is not None:
-            return orjson.dumps(entry)
+            return orjson.dumps(_progress(stream))
         # A later record replaces an earlier one, so a spilled stream's are snapshots from now on.
-        self._open.need(stream_id, self.position)
+        # One that has grown too large leaves the last in force, and waits with its decisions: the
+        # offset stays where that one needs it, and what is judged next makes it smaller.
+        record = self._snapshot(stream_id)
+        if record is not None:
+            self._open.need(stream_id, self.position)
+        return record
+
+    def _snapshot(self, stream_id: str) -> bytes | None:
+        """The record of a stream that needs nothing before the position; None where it is larger
+        than a journal takes, which would stop this worker and each that follows it."""
+        stream = self._streams[stream_id]
+        if stream.decided < self._too_large.get(stream_id, 0):
+            return None
+        entry = _progress(stream)
         entry |= {"needed_from": self.position, "snapshot": stream.snapshot()}
-        return json.dumps(entry).encode()  # escapes lone surrogates, which orjson refuses
+        record = _json(entry)
+        excess = len(record) - MAX_SNAPSHOT_BYTES
+        if excess <= 0:
+            return record
+        # It takes 20 ms to learn this, so not again before enough can have gone.
+        of_a_segment = _MOST_BYTES * self._limits.max_chars + _CUT_BYTES
+        self._too_large[stream_id] = stream.decided + -(-excess // of_a_segment)
+        return None
 
     def _behind(self) -> bool:
         """Whether the offset has moved, or something can be forgotten, without any decision."""
@@ -552,14 +590,30 @@ class Lane:
 
 
 def latest_turns(turns: list[Turn], max_chars: int) -> tuple[Turn, ...]:
-    """The conversation's end: whole turns from the last one back, the first cut in front."""
+    """The conversation's end: whole turns from the last one back, the first cut in front.
+
+    A turn counts as its content, or as its role where that is longer: no turn is free.
+    """
     kept: list[Turn] = []
     for turn in reversed(turns):
         if max_chars <= 0:
             break
-        kept.append(Turn(turn.role, turn.content[-max_chars:]))
-        max_chars -= len(turn.content)
+        role = turn.role[:_ROLE_CHARS]
+        kept.append(Turn(role, turn.content[-max_chars:]))
+        max_chars -= max(1, len(turn.content), len(role))
     return tuple(reversed(kept))
+
+
+def _progress(stream: Stream) -> dict[str, Any]:
+    return {"tenant": stream.tenant, "channel": stream.channel, **stream.progress()._asdict()}
+
+
+def _json(entry: Mapping[str, Any]) -> bytes:
+    """As UTF-8: escapes would make text two or three times as long."""
+    try:
+        return orjson.dumps(entry)
+    except orjson.JSONEncodeError:  # a lone surrogate: Python's escape of it is JSON's too
+        return json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 def _resume(entry: Mapping[str, Any]) -> Resume:

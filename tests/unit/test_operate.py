@@ -1,15 +1,20 @@
 """operate.py: an operator's word on a threshold."""
 
 import io
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
+from worker import operate
 from worker.certify import in_force
+from worker.decode import threshold_key
 from worker.errors import Stop
 from worker.events import ThresholdRecord
-from worker.operate import approve, fix, hand_back, reasons, reject, table
+from worker.operate import approve, fix, hand_back, read_latest, reasons, reject, table
 from worker.settings import Settings, TenantPolicy
 from worker.thresholds import Thresholds
 
@@ -78,6 +83,21 @@ def test_settings_beat_every_record() -> None:
     thresholds = Thresholds({}, Settings(tenants={"a": policy}), "fake@000000")
     thresholds.apply(fix(0.9)(record(), 1_000))
     assert thresholds.of("a").values[0] == 0.2
+
+
+async def test_what_was_deleted_is_no_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tombstone takes its record away at once, as for the workers; broken ones change nothing."""
+    kept, gone = record(), record(tenant="b")
+
+    async def whole(*_: object) -> AsyncIterator[SimpleNamespace]:
+        for said, value in (
+            (kept, msgspec.json.encode(kept)), (gone, msgspec.json.encode(gone)),
+            (kept, b"{broken"), (kept, b""), (gone, None),
+        ):  # fmt: skip
+            yield SimpleNamespace(key=threshold_key(said.tenant, said.harm), value=value, offset=0)
+
+    monkeypatch.setattr(operate, "_whole", whole)
+    assert await read_latest(Settings()) == {("a", "violence"): kept}
 
 
 def test_the_table_names_what_is_proposed() -> None:
