@@ -62,7 +62,7 @@ def _best(look: Look, line: Affine, threshold: float) -> second.Band | None:
     for below, above in product(WIDTHS, WIDTHS):
         band = second.Band(below, above)
         gain, asked = _gain(look, line, threshold, band)
-        if asked < _LEAST or not gain.low > 0:
+        if asked < _LEAST or not gain.low > 0 or not _tells(look, line, threshold, band):
             continue
         total = gain.value * asked - 1e-6 * asked
         if best is None or total > best[0]:
@@ -70,9 +70,20 @@ def _best(look: Look, line: Affine, threshold: float) -> second.Band | None:
     return best[1] if best else None
 
 
+def _tells(look: Look, line: Affine, threshold: float, band: second.Band) -> bool:
+    """Whether the look clears some passages of the band and blocks others: one that says the same
+    of all of them would be another threshold, and a dear one."""
+    said = sigmoid(line.apply(look.margins[_inside(look, threshold, band)])) > threshold
+    return bool(said.any() and not said.all())
+
+
+def _inside(look: Look, threshold: float, band: second.Band) -> Mask:
+    return (look.scores >= threshold - band.below) & (look.scores <= threshold + band.above)
+
+
 def _gain(look: Look, line: Affine, threshold: float, band: second.Band) -> tuple[Interval, int]:
     """Mean of right with the look less right without it, inside the band; how many are inside."""
-    inside = (look.scores >= threshold - band.below) & (look.scores <= threshold + band.above)
+    inside = _inside(look, threshold, band)
     if not inside.any():
         return NOTHING, 0
     harmful = look.targets[inside] == 1

@@ -84,7 +84,7 @@ def choose(
     scored: Scored, calibration: Calibration, passing: Sequence[Passing]
 ) -> dict[str, float]:
     """Thresholds by THRESHOLD_KEYS: of each column the best F1 among those that keep the least
-    precision; then raised, where that costs least F1, until enough of each `passing` pass."""
+    precision; then raised, where that loses least, until enough of each `passing` pass."""
     columns = [_column(scored, calibration, i) for i in range(len(COLUMNS))]
     found = [_best(column) for column in columns]
     for harmless in passing:
@@ -104,7 +104,8 @@ def _raised(
     limits: list[float], harmless: Passing, calibration: Calibration, columns: Sequence[Labelled]
 ) -> list[float]:
     """The thresholds, raised step by step: of all columns that still block one of the rows, the
-    next step is that of the column which loses least F1 by letting its lowest such row pass."""
+    next step is that of the column which loses fewest rows that it rightly finds by letting its
+    lowest such row pass. Not least F1: that of a rare harm would count as much as any harm's."""
     found = list(limits)
     benign = calibrated(harmless.scored.logits, calibration)  # (N, 7)
     while (above := benign > np.array(found)).any(axis=1).mean() > harmless.most:
@@ -112,7 +113,7 @@ def _raised(
         for i in np.flatnonzero(above.any(axis=0)):
             # A thousandth up, since that is how thresholds are written.
             limit = float(np.ceil(benign[above[:, i], i].min() * 1_000) / 1_000)
-            lost = _f(columns[i], found[i]) - _f(columns[i], limit)
+            lost = _hits(columns[i], found[i]) - _hits(columns[i], limit)
             steps.append((lost, limit, i))
         _, limit, i = min(steps)
         found[i] = limit
@@ -132,10 +133,15 @@ def _precise(column: Labelled, limit: float) -> bool:
     return bool(hit >= LEAST_PRECISION * column.weights[above].sum())
 
 
+def _hits(column: Labelled, limit: float) -> float:
+    """Weight of the positive rows above a threshold."""
+    return float((column.weights * column.targets)[column.logits > limit].sum())
+
+
 def _f(column: Labelled, limit: float) -> float:
     """F score of the rows above a threshold, by weight."""
     beta, above = _PRECISION_COUNTS**2, column.logits > limit
-    hit = float((column.weights * column.targets)[above].sum())
+    hit = _hits(column, limit)
     positives = float((column.weights * column.targets).sum())
     flagged = float(column.weights[above].sum())
     return (1 + beta) * hit / max(1e-9, beta * positives + flagged)

@@ -143,6 +143,21 @@ def test_a_band_is_where_the_second_look_is_better() -> None:
     assert looks["guesses"][1] is None
 
 
+def test_a_look_that_says_the_same_of_all_gets_no_band() -> None:
+    """Nine in ten of what lies below the threshold are harmful: to block all of it gains much, and
+    a lower threshold does that without asking."""
+    from training.band import Look, choose
+
+    draw = np.random.default_rng(4)
+    targets = (np.arange(400) % 10 > 0).astype(float)
+    groups = [str(i) for i in range(400)]
+    scores = 0.6 - 0.09 * draw.random(400)
+    flat = Look(scores, 0.4 * targets + draw.normal(size=400), targets, groups, 0.1)
+    knows = Look(scores, 6 * (targets - 0.5) + draw.normal(size=400), targets, groups, 0.1)
+    assert choose([flat, flat], 0.6)[1] is None
+    assert choose([knows, knows], 0.6)[1] is not None
+
+
 def test_held_passages_are_replies_with_sure_labels() -> None:
     from training.rows import Row
     from training.second import held

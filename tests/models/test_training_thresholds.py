@@ -106,3 +106,22 @@ def test_the_column_that_loses_least_is_raised() -> None:
     found = thresholds.choose(some, PLAIN, [thresholds.Passing(harmless, 0.5)])
     assert found["violence"] > sigmoid(np.array(3.0))
     assert found["hate_speech"] < sigmoid(np.array(2.0))
+
+
+def test_a_rare_harm_is_raised_before_one_that_finds_more_rows() -> None:
+    """Though its F1 falls further: 5 of 10 right findings go, not 20 of 90."""
+    from training import thresholds
+
+    some = scored([1] * 90 + [0] * 50, [2.0] * 20 + [5.0] * 70 + [-4.0] * 50)
+    some.logits[:, 0] = -4.0
+    some.logits[:10, 0] = [2.0] * 5 + [5.0] * 5  # of violence ten rows alone are known
+    rows = [
+        row._replace(weights=(float(i < 10 or i >= 90), *row.weights[1:]))
+        for i, row in enumerate(some.rows)
+    ]
+    harmless = scored([0, 0], [-4.0, -4.0])
+    harmless.logits[0, 0], harmless.logits[1, -1] = 3.0, 3.0
+    passing = [thresholds.Passing(harmless, 0.5)]
+    found = thresholds.choose(Scored(rows, some.logits), PLAIN, passing)
+    assert found["violence"] > sigmoid(np.array(3.0))
+    assert found["other"] < sigmoid(np.array(2.0))
