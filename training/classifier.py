@@ -153,20 +153,8 @@ def _rows(parts: Parts, settings: Settings, chance: random.Random) -> list[Row]:
         rows = [row for row in rows if row.source not in sources.WHOLE]
         rows = [*whole, *chance.sample(rows, min(settings.rows, len(rows)))]
     if settings.own:
-        rows += own_share(also.own(), chance)
+        rows += capped(also.own(), chance)
     return rows + also.apart(also.read_files(list(map(Path, settings.also))), parts)
-
-
-def own_share(own: list[Row], chance: random.Random) -> list[Row]:
-    """As many of our own texts as the mix takes: variants of some sixteen thousand frames."""
-    by_source: dict[str, list[Row]] = {}
-    for row in own:
-        by_source.setdefault(row.source, []).append(row)
-    chosen: list[Row] = []
-    for source, members in by_source.items():
-        most = sources.OWN_CAP * (2 if source in sources.PLAIN else 1)
-        chosen += chance.sample(members, min(most, len(members)))
-    return chosen
 
 
 def _soft(run: Path, found: Sequence[Sample], settings: Settings) -> npt.NDArray[np.float32]:

@@ -27,7 +27,6 @@ from detectors.harms import COLUMNS, HARMFUL
 from detectors.prompts import PROMPTS, SHORT_LIMITS, body, prefix
 from training import also, causal_base
 from training.batches import batches
-from training.classifier import own_share
 from training.loop import Loop, Pace, through
 from training.metrics import auroc
 from training.rows import Parts, provenance, read, split
@@ -131,7 +130,7 @@ def train(
 ) -> None:
     """Leaves the weights that rank what is held out best in model.pt."""
     chance = random.Random(settings.seed)
-    fit = capped(parts.fit, chance) + own_share(also.own(), chance)
+    fit = capped(parts.fit, chance) + capped(also.own(), chance)
     chosen = examples(samples(fit, chance), tokenizer, chance, settings.examples)
     # Only from replies: the stream's text is a reply, and so are the passages of the band.
     dev = [row for row in parts.calibrate if row.kind == "reply"]

@@ -74,7 +74,7 @@ PLAIN: Final = frozenset({
 })  # fmt: skip
 
 CAP: Final = 700  # rows a source
-OWN_CAP: Final = 350  # rows of a source of our own texts; twice as many of one in PLAIN
+_OWN_CAP: Final = 350  # rows of a source of our own texts; twice as many of one in PLAIN
 CAPS: Final = {
     # Replies: the texts that the worker judges.
     "arena_hard": 1000,
@@ -109,3 +109,10 @@ CAPS: Final = {
     "constraint_covid": 1300,
     "rtp_perspective": 1800,
 }
+
+
+def cap(source: str) -> int:
+    """Rows of a source that a mix takes at most."""
+    if source.startswith("own_"):
+        return _OWN_CAP * (2 if source in PLAIN else 1)
+    return CAPS.get(source, CAP)

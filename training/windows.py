@@ -47,7 +47,7 @@ def capped(rows: Iterable[Row], chance: random.Random) -> list[Row]:
     chosen: list[Row] = []
     for source, members in sorted(by_source.items()):
         chance.shuffle(members)
-        chosen += members[: sources.CAPS.get(source, sources.CAP)]
+        chosen += members[: sources.cap(source)]
     return chosen
 
 

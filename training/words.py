@@ -118,7 +118,7 @@ def _capped(rows: Iterable[Row], times: float, chance: random.Random) -> list[Ro
     chosen: list[Row] = []
     for source, members in sorted(by_source.items()):
         chance.shuffle(members)
-        chosen += members[: int(times * sources.CAPS.get(source, sources.CAP))]
+        chosen += members[: int(times * sources.cap(source))]
     return chosen
 
 
