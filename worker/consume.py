@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import structlog
@@ -19,6 +19,7 @@ from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 
 from worker import metrics
 from worker.errors import PartitionLost, Stop
+from worker.follow import mends, reach
 from worker.pipeline import Pipeline
 from worker.publish import (
     AtLeastOnceOutlet,
@@ -45,7 +46,6 @@ _PREPARED = 1 / 3  # of transaction_timeout_ms; a transaction that waits longer 
 _MAX_BACKLOG = 5_000  # decisions of a lane that wait for the broker
 _MAX_FAILURES = 20  # in a row, of one partition or of polling, that waiting will not mend
 _DRAIN, _LEAVE = 0.4, 0.2  # of shutdown_timeout_ms; closing the outlets takes up to 0.2 of it
-_START_S = 60.0  # how long brokers may be out of reach when a worker starts
 _SETTLE_S = 2.0  # a new leader may not yet show all that is in the log
 
 
@@ -139,24 +139,11 @@ class Worker(ConsumerRebalanceListener):
         return self._poll(), self._tick(), self._updates.follow()
 
     async def _start(self) -> None:
-        await self._reach(self._admin.start)
-        await self._reach(self._check_topics)
-        await self._reach(self._updates.open)  # before anything is judged
+        await reach(self._settings, self._admin.start)
+        await reach(self._settings, self._check_topics)
+        await reach(self._settings, self._updates.open)  # before anything is judged
         self._consumer.subscribe([self._settings.outputs_topic], listener=self)
-        await self._reach(self._consumer.start)
-
-    async def _reach(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Do a step that needs the brokers; again, for a while, where they cannot be reached."""
-        deadline = time.monotonic() + _START_S
-        while True:
-            try:
-                return await step()
-            except KafkaError as error:
-                if not error.retriable or time.monotonic() > deadline:
-                    where = self._settings.bootstrap_servers
-                    raise Stop(f"no broker at {where} serves us: {error!r}") from error
-                log.warning("start.waits", error=type(error).__name__)
-                await asyncio.sleep(0.5)
+        await reach(self._settings, self._consumer.start)
 
     async def _leave(self) -> None:
         """Leave the group within the time that is left; aiokafka may hang here."""
@@ -382,10 +369,7 @@ class Worker(ConsumerRebalanceListener):
         cause = "fenced" if fenced else type(error).__name__
         metrics.LANES_LOST.labels(cause).inc()
         log.warning("lane.lost", partition=owned.partition.partition, cause=cause)
-        mends = isinstance(error, TimeoutError | OSError | PartitionLost) or getattr(
-            error, "retriable", False
-        )
-        if owned.failures > _MAX_FAILURES and not mends:
+        if owned.failures > _MAX_FAILURES and not mends(error):
             raise Stop(f"{owned.partition}: {owned.failures} failures in a row, last: {error!r}")
         if not fenced:
             await asyncio.sleep(min(0.1 * owned.failures, 2.0))

@@ -4,15 +4,16 @@ A worker follows moderation.thresholds; the learner follows what it joins and wh
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, KafkaTimeoutError
 
-from worker.errors import Stop
+from worker.errors import PartitionLost, Stop
 from worker.publish import client_settings, finish
 from worker.settings import Settings
 
@@ -23,6 +24,8 @@ _RETRY_S = 0.2
 _MOST_RECORDS = 4_000  # at once
 _FETCH_BYTES = 4 << 20  # of a partition
 _MAX_FAILURES = 50  # in a row, that waiting will not mend
+_START_S = 60.0  # how long brokers may be out of reach when a process starts
+_START_AGAIN_S = 0.5
 
 
 @contextmanager
@@ -32,6 +35,35 @@ def reaching(settings: Settings) -> Iterator[None]:
         yield
     except KafkaError as error:
         raise Stop(f"no broker at {settings.bootstrap_servers} serves us: {error!r}") from error
+
+
+async def reach(
+    settings: Settings, step: Callable[[], Awaitable[None]], beat: Callable[[], None] = lambda: None
+) -> None:
+    """Do a step of starting that needs the brokers; again, for a while, where it fails by them.
+
+    beat: called between two tries. Raises Stop.
+    """
+    deadline = time.monotonic() + _START_S
+    with reaching(settings):
+        while True:
+            try:
+                return await step()
+            except KafkaError as error:
+                if not mends(error) or time.monotonic() > deadline:
+                    raise
+                log.warning("start.waits", error=type(error).__name__)
+            beat()
+            await asyncio.sleep(_START_AGAIN_S)
+
+
+def mends(error: BaseException) -> bool:
+    """Whether the same may work in a moment.
+
+    KafkaTimeoutError: a broker that died under the call; aiokafka does not call that retriable.
+    """
+    passing = (TimeoutError, OSError, PartitionLost, KafkaTimeoutError)
+    return isinstance(error, passing) or bool(getattr(error, "retriable", False))
 
 
 class Follower:

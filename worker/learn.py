@@ -6,7 +6,7 @@ Term        one time of leading: fence, read back, then read, take, test, publis
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +22,7 @@ from worker.decode import decode_threshold, threshold_key
 from worker.errors import PartitionLost, Stop, Unreadable
 from worker.events import Verdict
 from worker.feedback import Judged
-from worker.follow import Follower
+from worker.follow import Follower, mends, reach
 from worker.ledger import Entry, Ledger, Output
 from worker.merge import Merge
 from worker.publish import Pen, Record, client_settings, finish, letter_record
@@ -35,7 +35,6 @@ _TURN = 100  # labels, then the other tasks have a turn
 _MOST_WAITING = 2_000  # labels of a partition that wait for their turn; more pause it
 _LABELS_WAIT_MS = 100
 _TICK_S = 0.05
-_START_S = 60.0  # how long brokers may be out of reach when a learner starts
 _MAX_FAILURES = 20  # in a row, that waiting will not mend
 _LEAVE = 0.2  # of shutdown_timeout_ms
 _entries = msgspec.json.Decoder(Entry)
@@ -89,6 +88,9 @@ class Learner(ConsumerRebalanceListener):
         """Ask for an orderly end."""
         self._stopping.set()
 
+    def _beats(self) -> None:
+        self.beat = time.monotonic()
+
     async def run(self) -> None:
         """Learn until `stop`. Raises Stop, and whatever a step could not handle."""
         settings = self._settings
@@ -111,9 +113,6 @@ class Learner(ConsumerRebalanceListener):
                 await self._rest(settings.shutdown_timeout_ms * 1e-3 * (1 - 2 * _LEAVE))
                 for step in steps:
                     step.cancel()
-        except* KafkaError as group:
-            where = settings.bootstrap_servers
-            raise Stop(f"no broker at {where} serves us: {group.exceptions[0]!r}") from None
         finally:
             await finish(self._group.stop(), settings.shutdown_timeout_ms * 1e-3 * _LEAVE)
 
@@ -121,9 +120,9 @@ class Learner(ConsumerRebalanceListener):
 
     async def _attend(self) -> None:
         """Be a member of the group. Nothing is read through it; polling proves that we live."""
-        await self._reach(self._check_topics)
+        await reach(self._settings, self._check_topics, self._beats)
         self._group.subscribe([self._settings.thresholds_topic], listener=self)
-        await self._reach(self._group.start)
+        await reach(self._settings, self._group.start, self._beats)
         while True:
             self.beat = time.monotonic()
             try:
@@ -141,19 +140,6 @@ class Learner(ConsumerRebalanceListener):
         )  # fmt: skip
         await probe.open()
         await probe.close()
-
-    async def _reach(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Do a step that needs the brokers; again, for a while, where they cannot be reached."""
-        deadline = time.monotonic() + _START_S
-        while True:
-            try:
-                return await step()
-            except KafkaError as error:
-                if not error.retriable or time.monotonic() > deadline:
-                    raise
-                log.warning("start.waits", error=type(error).__name__)
-                self.beat = time.monotonic()
-                await asyncio.sleep(0.5)
 
     async def on_partitions_revoked(self, _: Iterable[TopicPartition]) -> None:
         """Somebody joins or leaves: end the term; perhaps to begin another one."""
@@ -196,10 +182,7 @@ class Learner(ConsumerRebalanceListener):
         fenced = isinstance(error, PartitionLost)
         self._failures += 1
         log.warning("learner.lost", cause="fenced" if fenced else type(error).__name__)
-        mends = isinstance(error, TimeoutError | OSError | PartitionLost) or getattr(
-            error, "retriable", False
-        )
-        if self._failures > _MAX_FAILURES and not mends:
+        if self._failures > _MAX_FAILURES and not mends(error):
             raise Stop(f"{self._failures} failures in a row, last: {error!r}")
         self._rests.set()
         wait_s = self._settings.session_timeout_ms / 1e3 if fenced else 0.1 * self._failures
