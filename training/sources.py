@@ -33,7 +33,8 @@ LEFT_OUT: Final = CALIBRATING | UNSEEN
 ONE_CATEGORY: Final = frozenset({
     "ailuminate_demo", "catqa", "jailbreakbench", "jailbreakbench_goals", "multijail_en",
     "or_bench_toxic", "refusal_direction_jailbreak", "strongreject", "trustllm_privacy_queries",
-    "hh_rlhf_harmless", "hh_rlhf_harmless_requests", "past_tense_replies",
+    "hh_rlhf_harmless", "hh_rlhf_harmless_requests", "hh_rlhf_harmless_turns",
+    "past_tense_replies",
 })  # fmt: skip
 
 # Good answers to ordinary questions: weak evidence that they say nothing false.
@@ -64,7 +65,10 @@ ORDINARY: Final = frozenset({"arena_hard", "biggen_references", "gpteacher_rolep
 
 # Short answers of plain models to awkward, rude and ill-meant questions, with the questions, and
 # answers to attacks, by labels of our own: whole in every mix, as nothing else is like them.
-WHOLE: Final = frozenset({"hh_rlhf_harmless", "hh_rlhf_harmless_requests", "past_tense_replies"})
+WHOLE: Final = frozenset({
+    "hh_rlhf_harmless", "hh_rlhf_harmless_requests", "hh_rlhf_harmless_turns",
+    "past_tense_replies",
+})  # fmt: skip
 
 # Our own texts in the plain words that people type and models answer in.
 PLAIN: Final = frozenset({
@@ -82,7 +86,8 @@ CAPS: Final = {
     "diasafety": 1500,
     "gptfuzz": 1300,
     "hh_rlhf_harmless": 4000,
-    "hh_rlhf_harmless_requests": 2000,
+    "hh_rlhf_harmless_requests": 4000,
+    "hh_rlhf_harmless_turns": 2500,
     "halueval_general": 1000,
     "jailbreakbench": 1600,
     "just_eval_safety": 900,

@@ -66,6 +66,19 @@ def test_a_labelled_request_becomes_a_row_before_its_reply(labels: Path) -> None
     assert asked["harmful"] == 1
 
 
+def test_labelled_turns_become_rows_before_their_reply(labels: Path) -> None:
+    (labels / "hh_rlhf_harmless.tsv").write_text("5\t1i\nP5\t1i\n5.0\t0\n5.1\t1\n")
+    found = list(own_labels.labelled([record(5)]))
+    assert [(it["id"], it["kind"], it["text"], it["harmful"]) for it in found] == [
+        ("hh_rlhf_harmless_requests/5", "prompt", "it is my neighbour's", 1),
+        ("hh_rlhf_harmless_requests/5.0", "prompt", "how do I pick a lock", 0),
+        ("hh_rlhf_harmless_turns/5.1", "reply", "Why?", 1),
+        ("hh_rlhf_harmless/5", "reply", "reply 5", 1),
+    ]
+    assert [len(it["context"]) for it in found] == [2, 0, 1, 3]
+    assert {it["group"] for it in found} == {"a1"}  # a dialogue lies in one part
+
+
 def test_ordinary_requests_are_harmless_once_each() -> None:
     found = list(own_labels.labelled(record(i, "arena_hard", harmful=0) for i in (1, 2)))
     assert [(it["kind"], it["harmful"]) for it in found] == [
@@ -75,7 +88,9 @@ def test_ordinary_requests_are_harmless_once_each() -> None:
     ]
 
 
-@pytest.mark.parametrize("line", ["1", "1\t2", "1\t0v", "1\t1x", "x1\t0", "1\t?", "1 \t0"])
+@pytest.mark.parametrize(
+    "line", ["1", "1\t2", "1\t0v", "1\t1x", "x1\t0", "1\t?", "1 \t0", "P1.2\t0", "1.\t0"]
+)
 def test_a_line_that_cannot_be_read_is_named(labels: Path, line: str) -> None:
     (labels / "hh_rlhf_harmless.tsv").write_text(f"4\t0\n{line}\n")
     with pytest.raises(ValueError, match=r"hh_rlhf_harmless\.tsv:2"):
