@@ -3,6 +3,10 @@
 p = sigmoid(sum over detectors of weight * log-odds + intercept), by column; weights are learnt on
 dev data (export/combined.py) and kept beside the models, with the digests of those they are for.
 
+Each segment of a long reply is one more chance to find harm where there is none, so one that
+follows others of its reply needs more to reach the same probability: `later` is added to its
+log-odds. Whether it does shows in the passage alone: there is text before it.
+
 Detectors cost unlike much. Where the cheap ones that come first find a segment clearly harmless,
 their own combination counts, and the others need not be asked (`Stage`); so may the next ones do.
 How far a segment goes depends on nothing but itself.
@@ -18,7 +22,7 @@ import numpy as np
 
 from detectors.calibrate import sigmoid
 from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS, THRESHOLD_KEYS
-from detectors.protocol import BoolArray, FloatArray, IntArray
+from detectors.protocol import BoolArray, FloatArray, IntArray, Passage
 
 FILE: Final = "combination.json"
 _FILES: Final = "combination*.json"
@@ -51,15 +55,16 @@ class Stage(msgspec.Struct, frozen=True):
     detectors: int  # how many of them
     weights: dict[str, tuple[float, ...]]  # as Combination's, of these alone
     below: dict[str, float]  # column -> settled where every column's probability is below
+    later: dict[str, float] = {}  # as Combination's
 
-    def settles(self, scores: FloatArray) -> BoolArray:
+    def settles(self, scores: FloatArray, later: BoolArray) -> BoolArray:
         """(B,) whether these suffice. scores: (detectors or more, B, 7) probabilities."""
         below = np.array([self.below[column] for column in COLUMNS])
-        return np.asarray((self.combined(scores) < below).all(axis=1))  # NaN is below nothing
+        return np.asarray((self.combined(scores, later) < below).all(axis=1))  # NaN below nothing
 
-    def combined(self, scores: FloatArray) -> FloatArray:
+    def combined(self, scores: FloatArray, later: BoolArray) -> FloatArray:
         """(B, 7) by these alone."""
-        return _mixed(scores[: self.detectors], self.weights)
+        return _mixed(scores[: self.detectors], self.weights, self.later, later)
 
 
 class Combination(msgspec.Struct, frozen=True):
@@ -69,33 +74,47 @@ class Combination(msgspec.Struct, frozen=True):
     weights: dict[str, tuple[float, ...]]  # column -> one weight a detector, then the intercept
     thresholds: dict[str, float]  # by THRESHOLD_KEYS
     stages: tuple[Stage, ...] = ()  # of ever more detectors; none: all are always asked
+    later: dict[str, float] = {}  # column -> log-odds, 0 or less, of what follows other segments
     digest: str = ""  # of the file
 
-    def combined(self, scores: FloatArray, asked: IntArray | None = None) -> FloatArray:
+    def combined(
+        self, scores: FloatArray, later: BoolArray, asked: IntArray | None = None
+    ) -> FloatArray:
         """(B, 7) probabilities of (D, B, 7) probabilities; NaN where any that counts is.
 
-        asked: (B,) how many detectors count, as `asked` gives it unless told.
+        later: (B,) which segments follow others of their reply. asked: (B,) how many detectors
+        count, as `asked` gives it unless told.
         """
-        asked = self.asked(scores) if asked is None else asked
-        combined = _mixed(scores, self.weights)
+        asked = self.asked(scores, later) if asked is None else asked
+        combined = _mixed(scores, self.weights, self.later, later)
         for stage in self.stages:
             alone = (asked == stage.detectors)[:, None]
-            combined = np.where(alone, stage.combined(scores), combined)
+            combined = np.where(alone, stage.combined(scores, later), combined)
         return combined
 
-    def asked(self, scores: FloatArray) -> IntArray:
+    def asked(self, scores: FloatArray, later: BoolArray) -> IntArray:
         """(B,) how many detectors each segment goes through. scores: (D, B, 7)."""
         found = np.full(scores.shape[1], len(self.detectors))
         for stage in reversed(self.stages):
-            found = np.where(stage.settles(scores), stage.detectors, found)
+            found = np.where(stage.settles(scores, later), stage.detectors, found)
         return found
 
 
-def _mixed(scores: FloatArray, weights: Mapping[str, Sequence[float]]) -> FloatArray:
-    """(B, 7) probabilities of (D, B, 7): the weighted sum of log-odds, and the intercept."""
+def follows(passages: Sequence[Passage]) -> BoolArray:
+    """(B,) which of them follow other segments of their reply."""
+    return np.array([bool(passage.before) for passage in passages], dtype=bool)
+
+
+def _mixed(
+    scores: FloatArray, weights: Mapping[str, Sequence[float]], shifts: Mapping[str, float],
+    later: BoolArray,
+) -> FloatArray:  # fmt: skip
+    """(B, 7) probabilities of (D, B, 7): the weighted sum of log-odds, the intercept, and what a
+    later segment gets."""
     table = np.array([weights[column] for column in COLUMNS])  # (7, D + 1)
+    shift = np.array([shifts.get(column, 0.0) for column in COLUMNS])
     total = np.einsum("dbc,cd->bc", log_odds(scores), table[:, :-1]) + table[:, -1]  # (B, 7)
-    return sigmoid(total).round(_DECIMALS)
+    return sigmoid(total + np.outer(later, shift)).round(_DECIMALS)
 
 
 def log_odds(scores: FloatArray) -> FloatArray:
@@ -157,6 +176,7 @@ def _decoded(path: Path) -> Combination:
 
 def _check(found: Combination) -> None:
     _check_weights(found.weights, len(found.detectors), "weights")
+    _check_later(found.later, "later")
     for harm, threshold in found.thresholds.items():
         if harm not in THRESHOLD_KEYS or not 0.0 <= threshold <= 1.0:
             raise CombinationError(f"{FILE}: thresholds: {harm}: unknown, or outside 0..1")
@@ -179,8 +199,15 @@ def _check_weights(weights: Mapping[str, Sequence[float]], detectors: int, field
             raise CombinationError(f"{FILE}: {field}: {column}: a higher score must count for more")
 
 
+def _check_later(later: Mapping[str, float], field: str) -> None:
+    for column, shift in later.items():
+        if column not in COLUMNS or not (np.isfinite(shift) and shift <= 0.0):
+            raise CombinationError(f"{FILE}: {field}: {column}: unknown, or not 0 or less")
+
+
 def _check_stage(stage: Stage, thresholds: Mapping[str, float]) -> None:
     _check_weights(stage.weights, stage.detectors, "stages: weights")
+    _check_later(stage.later, "stages: later")
     if set(stage.below) != set(COLUMNS):
         raise CombinationError(f"{FILE}: stages: below: need {', '.join(COLUMNS)}")
     for column, key in zip(COLUMNS, THRESHOLD_KEYS, strict=True):

@@ -32,6 +32,7 @@ PLAIN: Final = Calibration(np.ones(len(COLUMNS)), np.zeros(len(COLUMNS)))  # log
 _FEW: Final = 12  # rows of the rarer class; fewer teach no weights, and all count alike
 _RIDGE: Final = 1e-3  # of the squared weights, against the mean loss of a row
 _SAMPLE: Final = 40  # rows of a known source
+_SHIFTS: Final = tuple(-0.1 * tenth for tenth in range(21))  # of log-odds
 _SHARES: Final = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 _LOST: Final = 0.01  # of what is rightly blocked
 _UNRANKED: Final = 0.001  # of an AUROC
@@ -57,7 +58,7 @@ class Read(NamedTuple):
 
 
 class Combined(Protocol):
-    """How several detectors' log-odds become one."""
+    """How several detectors' log-odds of one row's segments, in order, become one."""
 
     def of(self, said: FloatArray) -> FloatArray:
         """(S, 7) of (S, D, 7) log-odds."""
@@ -65,20 +66,27 @@ class Combined(Protocol):
 
 
 class Weights(NamedTuple):
-    """Combined log-odds = sum over detectors of slope * log-odds, + intercept; by column."""
+    """Combined log-odds = sum over detectors of slope * log-odds, + intercept, + later where a
+    segment follows others of its row; by column."""
 
     slopes: FloatArray  # (D, 7)
     intercepts: FloatArray  # (7,)
+    later: FloatArray  # (7,) 0 or less
 
     def of(self, said: FloatArray) -> FloatArray:
         """(S, 7) of (S, D, 7) log-odds."""
         combined: FloatArray = (said * self.slopes).sum(axis=1) + self.intercepts
+        combined[1:] += self.later
         return combined
 
     def by_column(self) -> dict[str, list[float]]:
         """As combination.json has them."""
         table = np.vstack([self.slopes, self.intercepts]).T  # (7, D + 1)
         return {c: [round(float(w), 5) for w in row] for c, row in zip(COLUMNS, table, strict=True)}
+
+    def later_by_column(self) -> dict[str, float]:
+        """Likewise."""
+        return {c: round(float(it), 5) for c, it in zip(COLUMNS, self.later, strict=True)}
 
 
 class Staged(NamedTuple):
@@ -118,6 +126,7 @@ class Staged(NamedTuple):
         return {
             "detectors": len(self.first.slopes),
             "weights": self.first.by_column(),
+            "later": self.first.later_by_column(),
             "below": {column: round(float(limit), 6) for column, limit in below},
         }
 
@@ -215,15 +224,47 @@ def _ranked(scored: Scored) -> float:
 
 
 def learn(some: Read) -> Weights:
-    """Weights by logistic regression a column, known and unknown sources counting alike; then a
-    calibration of what comes out of them, on known sources."""
+    """Weights by logistic regression a column, known and unknown sources counting alike; how much
+    a later segment loses; then a calibration of what comes out of them, on known sources."""
     scored = [some.by(detector) for detector in range(some.log_odds[0].shape[1])]
     slopes = np.stack(
         [_slopes([thresholds.evened(one, i) for one in scored]) for i in range(len(COLUMNS))],
         axis=1,
     )  # (D, 7)
-    outer = thresholds.calibrate(some.together(Weights(slopes, np.zeros(len(COLUMNS)))))
-    return Weights(slopes * outer.slopes, outer.intercepts)
+    none = np.zeros(len(COLUMNS))
+    outer = thresholds.calibrate(some.together(Weights(slopes, none, none)))
+    alike = Weights(slopes * outer.slopes, outer.intercepts, none)
+    inner = alike._replace(later=_later(some, alike))
+    outer = thresholds.calibrate(some.together(inner))
+    return Weights(
+        inner.slopes * outer.slopes, inner.intercepts * outer.slopes + outer.intercepts,
+        inner.later * outer.slopes,
+    )  # fmt: skip
+
+
+def _later(some: Read, alike: Weights) -> FloatArray:
+    """(7,) what is added to the log-odds of segments that follow others: by maximum likelihood of
+    the rows' labels, a row being as harmful as its highest segment; known and unknown sources count
+    alike.
+
+    alike: weights by which segments count alike, calibrated.
+    """
+    losses = [
+        _losses(some.together(alike._replace(later=np.full(len(COLUMNS), it)))) for it in _SHIFTS
+    ]
+    return np.array(_SHIFTS)[np.argmin(losses, axis=0)]
+
+
+def _losses(scored: Scored) -> FloatArray:
+    """(7,) mean losses of the labelled rows, calibrated anew."""
+    found = []
+    for column in range(len(COLUMNS)):
+        labelled = thresholds.evened(scored, column)
+        slope, intercept = thresholds.platt(labelled)
+        total = slope * labelled.logits + intercept
+        losses = np.logaddexp(0.0, total) - labelled.targets * total
+        found.append(np.average(losses, weights=labelled.weights))
+    return np.array(found)
 
 
 def _slopes(labelled: Sequence[Labelled]) -> FloatArray:
@@ -258,6 +299,7 @@ def combination(
     return {
         "detectors": dict(digests),
         "weights": weights.by_column(),
+        "later": weights.later_by_column(),
         "thresholds": dict(chosen),
     }
 

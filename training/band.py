@@ -48,7 +48,8 @@ def choose(
     line = platt_or_flat(first.margins, first.targets)
     best = _best(first, line, threshold)
     shown = best or second.Band(0.1, 0.1)
-    found = [_gain(look, line, threshold, shown) for look in (first, report)]
+    cut = _best_cut(first, threshold, shown)
+    found = [_gain(look, line, threshold, shown, cut) for look in (first, report)]
     row = (
         len(first.targets), *((best.below, best.above) if best else (0.0, 0.0)),
         found[0][1], found[0][0], found[1][1], found[1][0], cost,
@@ -61,8 +62,9 @@ def _best(look: Look, line: Affine, threshold: float) -> second.Band | None:
     best: tuple[float, second.Band] | None = None
     for below, above in product(WIDTHS, WIDTHS):
         band = second.Band(below, above)
-        gain, asked = _gain(look, line, threshold, band)
-        if asked < _LEAST or not gain.low > 0 or not _tells(look, line, threshold, band):
+        cut = _best_cut(look, threshold, band)
+        gain, asked = _gain(look, line, threshold, band, cut)
+        if asked < _LEAST or not gain.low > 0:
             continue
         total = gain.value * asked - 1e-6 * asked
         if best is None or total > best[0]:
@@ -70,24 +72,31 @@ def _best(look: Look, line: Affine, threshold: float) -> second.Band | None:
     return best[1] if best else None
 
 
-def _tells(look: Look, line: Affine, threshold: float, band: second.Band) -> bool:
-    """Whether the look clears some passages of the band and blocks others: one that says the same
-    of all of them would be another threshold, and a dear one."""
-    said = sigmoid(line.apply(look.margins[_inside(look, threshold, band)])) > threshold
-    return bool(said.any() and not said.all())
-
-
 def _inside(look: Look, threshold: float, band: second.Band) -> Mask:
     return (look.scores >= threshold - band.below) & (look.scores <= threshold + band.above)
 
 
-def _gain(look: Look, line: Affine, threshold: float, band: second.Band) -> tuple[Interval, int]:
-    """Mean of right with the look less right without it, inside the band; how many are inside."""
+def _best_cut(look: Look, threshold: float, band: second.Band) -> float:
+    """The threshold that by itself decides most of the band rightly.
+
+    Against the one in force a look that blocks everything would gain wherever most of the band is
+    harmful, as another threshold does for nothing.
+    """
+    inside = _inside(look, threshold, band)
+    scores, harmful = look.scores[inside], look.targets[inside] == 1
+    cuts = [threshold, threshold - band.below - 1e-9, *scores]
+    return float(max(cuts, key=lambda cut: ((scores > cut) == harmful).sum()))
+
+
+def _gain(
+    look: Look, line: Affine, threshold: float, band: second.Band, cut: float
+) -> tuple[Interval, int]:
+    """Mean of right with the look less right by a cut, inside the band; how many are inside."""
     inside = _inside(look, threshold, band)
     if not inside.any():
         return NOTHING, 0
     harmful = look.targets[inside] == 1
-    without = (look.scores[inside] > threshold) == harmful
+    without = (look.scores[inside] > cut) == harmful
     with_it = (sigmoid(line.apply(look.margins[inside])) > threshold) == harmful
     gain = with_it.astype(float) - without.astype(float)
 

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from tqdm import tqdm
 
-from detectors.combine import Combination, highest
+from detectors.combine import Combination, follows, highest
 from detectors.harms import COLUMNS, HARMFUL
 from detectors.load import load_combination, load_detectors
 from detectors.protocol import Detector, FloatArray, Passage
@@ -119,6 +119,7 @@ def scored(
 ) -> FloatArray:
     """(S, 7) as the worker makes them, the costly detectors asked where the first do not settle."""
     said = np.zeros((len(detectors), len(passages), len(COLUMNS)))
+    later = follows(passages)
     open_ = np.arange(len(passages))
     stages = combination.stages if combination else ()
     ends = {stage.detectors: stage for stage in stages}
@@ -126,8 +127,8 @@ def scored(
         if len(open_):
             said[number - 1, open_] = detector.score(detector.encode([passages[i] for i in open_]))
         if number in ends:
-            open_ = open_[~ends[number].settles(said[:, open_])]
-    return combination.combined(said) if combination else highest(said)
+            open_ = open_[~ends[number].settles(said[:, open_], later[open_])]
+    return combination.combined(said, later) if combination else highest(said)
 
 
 if __name__ == "__main__":

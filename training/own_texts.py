@@ -25,7 +25,8 @@ SOURCES: Final = (
     "own_harmless_replies", "own_answers_crime", "own_answers_people", "own_answers_danger",
     "own_requests", "own_plain_crime", "own_plain_people", "own_plain_conduct", "own_plain_more",
     "own_plain_long", "own_borderline", "own_jailbreak", "own_assistant", "own_plain_prompts",
-    "own_prompts_more", "own_plain_posts",
+    "own_prompts_more", "own_plain_posts", "own_tales", "own_comedy", "own_sober",
+    "own_against_hate", "own_threads", "own_pairs_crime", "own_pairs_people", "own_pairs_life",
 )  # fmt: skip
 
 _HEAD: Final = re.compile(

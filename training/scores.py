@@ -225,10 +225,12 @@ def _unpacked(value: bytes) -> FloatArray:
 def together(
     parts: Sequence[Sequence[FloatArray]], combination: Combination | None
 ) -> list[FloatArray]:
-    """What several detectors say of the same rows, as the worker makes one of them: as learnt, or
-    the highest of each column."""
-    combined = combination.combined if combination else highest
-    return [combined(np.stack(of_row)) for of_row in zip(*parts, strict=True)]
+    """What several detectors say of the same rows' segments, as the worker makes one of them: as
+    learnt, or the highest of each column."""
+    rows = [np.stack(of_row) for of_row in zip(*parts, strict=True)]  # (D, S, 7) each
+    if combination is None:
+        return [highest(said) for said in rows]
+    return [combination.combined(said, np.arange(said.shape[1]) > 0) for said in rows]
 
 
 def with_keywords(

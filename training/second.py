@@ -22,7 +22,7 @@ from tqdm import tqdm
 from detectors import second
 from detectors.calibrate import sigmoid
 from detectors.causal import LocalHelper
-from detectors.combine import Combination
+from detectors.combine import Combination, follows, highest
 from detectors.harms import COLUMNS, HARMFUL, THRESHOLD_KEYS
 from detectors.load import load_combination, load_detector, shipped_thresholds
 from detectors.logprob import (
@@ -43,7 +43,6 @@ from training.band import WIDTHS, Look, Mask, choose, only, platt_or_flat
 from training.measure import SURE
 from training.metrics import Interval, auroc, calibration_error, interval
 from training.rows import Row, read, split
-from training.scores import together
 from training.sets import read as read_sets
 from training.tables import Table
 from training.windows import Sample, one
@@ -290,10 +289,11 @@ def banded(
     """The band of each harm: the most right decisions gained, with an interval above 0, if any."""
     thresholds = shipped_thresholds(detectors, combination)
     limits = np.array([thresholds[key] for key in THRESHOLD_KEYS])
-    scores = [
-        np.concatenate(together([[d.score(d.encode(it.passages))] for d in detectors], combination))
-        for it in sets
-    ]
+    scores = []
+    for it in sets:
+        said = np.stack([d.score(d.encode(it.passages)) for d in detectors])  # (D, N, 7)
+        later = follows(it.passages)
+        scores.append(combination.combined(said, later) if combination else highest(said))
     calibration: dict[str, Affine] = {}
     bands: dict[str, second.Band] = {}
     rows: list[tuple[object, ...]] = []
@@ -327,9 +327,10 @@ def banded(
         "asked (reported)", "gain reported", "ms",
     )  # fmt: skip
     note = (
-        "Gain: right decisions with the second look less those without, a passage asked, with its "
-        "95 % interval. A band stays empty where the interval of the rows that it is chosen on "
-        "holds 0; shown is then one of 0.1 each way. ms: of CPU, a passage asked."
+        "Gain: right decisions with the second look less those by the threshold that would by "
+        "itself be best on the rows that it is chosen on, a passage asked, with its 95 % "
+        "interval. A band stays empty where the interval of the rows that it is chosen on holds "
+        "0; shown is then one of 0.1 each way. ms: of CPU, a passage asked."
     )
     return plan, Table("The band", header, rows, note)
 

@@ -11,7 +11,8 @@ from training import rows, sources
 from training.measure import SURE
 from training.rows import Parts, Row
 
-_UNSEEN, _LONG, _STAND_IN = 3, 2, 8  # times the sample: there are few such sources
+_UNSEEN, _PASSING, _LONG, _STAND_IN = 3, 2, 8, 8  # times the sample: there are few such sources
+_LONG_CHARS: Final = 400  # of a reply, some two segments
 
 
 class StandIn(NamedTuple):
@@ -79,7 +80,7 @@ def shown(parts: Parts, sample: int) -> Shown:
         report=_some(parts.report, sample),
         unseen=_some(parts.unseen, _UNSEEN * sample),
         long_harmless=_some(filter(is_long_harmless, both), _LONG * sample),
-        look_alikes=_some(_of(harmless, sources.LOOK_ALIKES), _LONG * sample),
+        look_alikes=_some(_of(harmless, sources.LOOK_ALIKES), _PASSING * sample),
     )
 
 
@@ -101,8 +102,8 @@ def calibrating(parts: Parts, own: Iterable[Row], sample: int) -> Calibrating:
         known=_some(parts.calibrate, sample),
         unknown=_some(parts.unknown, _UNSEEN * sample),
         long_harmless=_some(filter(is_long_harmless, both), _LONG * sample),
-        look_alikes=_as_public(_some(_of(harmless, sources.LOOK_ALIKES), _LONG * sample)),
-        counter_speech=_as_public(_some(_of(harmless, sources.COUNTER_SPEECH), _LONG * sample)),
+        look_alikes=_as_public(_some(_of(harmless, sources.LOOK_ALIKES), _PASSING * sample)),
+        counter_speech=_as_public(_some(_of(harmless, sources.COUNTER_SPEECH), _PASSING * sample)),
     )
 
 
@@ -119,9 +120,10 @@ def _of(some: Iterable[Row], names: frozenset[str]) -> Iterator[Row]:
 
 
 def is_long_harmless(row: Row) -> bool:
-    """Whether it is a reply of a source of long harmless ones, and labelled so."""
+    """Whether it is a long reply of a source of harmless ones, and labelled so."""
     return (
         row.source in sources.LONG_HARMLESS
+        and len(row.text) >= _LONG_CHARS
         and row.kind == "reply"
         and row.targets[-1] == 0
         and row.weights[-1] >= SURE

@@ -74,11 +74,12 @@ WHOLE: Final = frozenset({
 PLAIN: Final = frozenset({
     "own_plain_crime", "own_plain_people", "own_plain_conduct", "own_plain_more", "own_plain_long",
     "own_borderline", "own_jailbreak", "own_assistant", "own_plain_prompts", "own_prompts_more",
-    "own_plain_posts",
+    "own_plain_posts", "own_tales", "own_comedy", "own_sober", "own_against_hate", "own_threads",
+    "own_pairs_crime", "own_pairs_people", "own_pairs_life",
 })  # fmt: skip
 
 CAP: Final = 700  # rows a source
-_OWN_CAP: Final = 350  # rows of a source of our own texts; twice as many of one in PLAIN
+_OWN_CAP: Final = 250  # rows of a source of our own texts; twice as many of one in PLAIN
 CAPS: Final = {
     # Replies: the texts that the worker judges.
     "arena_hard": 1000,

@@ -63,7 +63,7 @@ def calibrate(scored: Scored) -> Calibration:
     A slope of 0 or less would turn the order round: the model has then learnt nothing there.
     """
     known = of_known(scored)
-    pairs = [_platt(known.labels(column, _WEAKEST)) for column in range(len(COLUMNS))]
+    pairs = [platt(known.labels(column, _WEAKEST)) for column in range(len(COLUMNS))]
     for column, (slope, _) in zip(COLUMNS, pairs, strict=True):
         if slope <= 0:
             raise ValueError(f"{column}: slope {slope:.3f}; train longer or on more rows")
@@ -73,7 +73,8 @@ def calibrate(scored: Scored) -> Calibration:
     )
 
 
-def _platt(labelled: Labelled) -> tuple[float, float]:
+def platt(labelled: Labelled) -> tuple[float, float]:
+    """Slope and intercept of a logistic regression on the logits."""
     fitted = LogisticRegression(C=1e3).fit(
         labelled.logits[:, None], labelled.targets, sample_weight=labelled.weights
     )

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from detectors import combine
-from detectors.combine import Combination
+from detectors.combine import Combination, follows
 from detectors.harms import COLUMNS
-from detectors.protocol import Detector, Encoded, FloatArray, IntArray, Passage
+from detectors.protocol import BoolArray, Detector, Encoded, FloatArray, IntArray, Passage
 from worker.errors import DetectorError
 
 
@@ -57,12 +57,14 @@ def judge(
     start = time.perf_counter()
     (encoded,) = encode(detectors, [passage])
     encode_ms = (time.perf_counter() - start) * 1e3
-    return encoded, score(detectors, [encoded], combination, [whole])[0], encode_ms
+    (scored,) = score(detectors, [encoded], combination, follows([passage]), [whole])
+    return encoded, scored, encode_ms
 
 
 def score(
     detectors: Sequence[Detector], batch: Sequence[tuple[Encoded, ...]],
-    combination: Combination | None = None, whole: Sequence[bool] = (),
+    combination: Combination | None, later: Sequence[bool] | BoolArray,
+    whole: Sequence[bool] = (),
 ) -> list[Scored]:  # fmt: skip
     """What the detectors say of each passage.
 
@@ -70,8 +72,10 @@ def score(
     leave it at the first detectors for a passage that these settle. Columns in which a detector
     gave no probability are NaN. Raises DetectorError.
 
-    whole: for which passages every detector is asked, whatever the first ones find; empty: none.
+    later: which passages follow others of their reply. whole: for which every detector is asked,
+    whatever the first ones find; empty: none.
     """
+    later = np.asarray(later, dtype=bool)
     stages = combination.stages if combination else ()
     stacked = np.full((len(detectors), len(batch), len(COLUMNS)), np.nan)
     asked = np.zeros(len(batch), dtype=np.int64)  # detectors, of each passage
@@ -83,13 +87,13 @@ def score(
         stacked[begin:end, left] = some
         asked[left] = end
         if stage:
-            settled = stage.settles(stacked[:end, left])
+            settled = stage.settles(stacked[:end, left], later[left])
             left = left[~settled | np.array([bool(whole) and whole[i] for i in left.tolist()])]
         if not len(left):
             break
         begin = end
     combined = (
-        combination.combined(stacked, asked) if combination else combine.highest(stacked)
+        combination.combined(stacked, later, asked) if combination else combine.highest(stacked)
     )  # (B, 7)
     counts = np.arange(len(detectors))[:, None] < asked  # (D, B)
     tokens = (counts * _tokens(batch)).sum(axis=0)  # (B,)

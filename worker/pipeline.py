@@ -24,6 +24,7 @@ from typing import Self
 
 import structlog
 
+from detectors.combine import follows
 from detectors.keywords import KeywordFile
 from detectors.load import load_combination, load_detectors, load_second, shipped_thresholds
 from detectors.protocol import Detector, Encoded, Passage
@@ -322,6 +323,7 @@ class Pipeline:
                     rows = await loop.run_in_executor(
                         self._threads, detect.score, self.detectors,
                         [work.encoded for work in batch], self._combination,
+                        follows([work.passage for work in batch]),
                         [work.whole for work in batch],
                     )  # fmt: skip
             except DetectorError as error:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import numpy as np
 import pytest
 
-from detectors.combine import Combination
+from detectors.combine import Combination, follows
 from detectors.constant import Constant
 from detectors.harms import COLUMNS, DEFAULT_THRESHOLDS
 from detectors.keywords import Keywords
@@ -200,13 +200,17 @@ def test_two_detectors_are_made_one_as_in_the_worker(learnt: bool) -> None:
     """By the combination beside them, else the highest of each column."""
     chance = np.random.default_rng(5)
     weights = {column: tuple(chance.random(3).tolist()) for column in COLUMNS}
-    combination = Combination({"a": "1", "b": "2"}, weights, {}) if learnt else None
+    later = dict.fromkeys(COLUMNS, -0.7)
+    both = Combination({"a": "1", "b": "2"}, weights, {}, later=later)
+    combination = both if learnt else None
     detectors = [RowDetector(), Reversed()]
     passages = windows.judged(row(TEXTS[0]))
     alone = [detector.score(detector.encode(passages)) for detector in detectors]
     (found,) = scores.together([[of_row] for of_row in alone], combination)
     batch = detect.encode(detectors, passages)
-    expected = [scored.scores for scored in detect.score(detectors, batch, combination)]
+    expected = [
+        scored.scores for scored in detect.score(detectors, batch, combination, follows(passages))
+    ]
     assert found.tolist() == [list(values) for values in expected]
     assert not np.allclose(found, alone[0])
 

@@ -36,7 +36,8 @@ def drawn(count: int, blind: float, source: str = "gptfuzz") -> tuple[list[Row],
         harmful = i % 2
         center = 3.0 if harmful else -3.0
         cheap = -6.0 if harmful and chance.random() < blind else center
-        segments = chance.normal(0, 1, (2, 2)) + np.array([[-5.0, -5.0], [cheap, center]])
+        means = np.array([[-5.0, -5.0], [cheap, center]])[:: -1 if i // 2 % 2 else 1]
+        segments = chance.normal(0, 1, (2, 2)) + means
         rows.append(
             Row(f"{source}/{i}", source, "reply", (), "text", (float(harmful),) * 7, (1.0,) * 7,
                 str(i), dev=True)
@@ -53,6 +54,32 @@ def staged(blind: float) -> tuple[Any, Any]:
     for name in ("harmless", "look_alikes", "counter_speech"):
         read[f"calibrate_{name}"] = combined.Read([], [])
     return combined.stage(read, combined.learn(read["calibrate"]), 1), read["calibrate"]
+
+
+def test_what_a_later_segment_loses_is_learnt() -> None:
+    """Harmless rows that are taken for harmful in one of eight segments, and harmful ones that show
+    it at once: later ones count for less. With harm in any place alike they lose nothing."""
+    from export import combined
+
+    draw = np.random.default_rng(11)
+    found = {}
+    for name in ("at once", "anywhere"):
+        rows, said = [], []
+        for i in range(600):
+            odds = draw.normal(-4, 1, (8, 2))
+            at = 0 if name == "at once" and i % 2 else draw.integers(0, 8)
+            odds[at] += 7 if i % 2 else (5 if name == "at once" and at else 0)
+            rows.append(
+                Row(f"gptfuzz/{i}", "gptfuzz", "reply", (), "text", (float(i % 2),) * 7,
+                    (1.0,) * 7, str(i), dev=True)
+            )  # fmt: skip
+            said.append(np.repeat(odds[:, :, None], 7, axis=2))
+        found[name] = combined.learn(combined.Read(rows, said))
+    assert (found["at once"].later < -0.5).all()
+    assert (found["anywhere"].later > -0.5).all()
+    assert (found["anywhere"].later <= 0.0).all()
+    first, later = found["at once"].of(np.zeros((2, 2, 7)))
+    assert later - first == pytest.approx(found["at once"].later)
 
 
 def test_as_much_is_settled_as_loses_next_to_nothing() -> None:
@@ -87,10 +114,11 @@ def test_the_worker_computes_what_was_chosen(tmp_path: Path) -> None:
     assert found is not None
     for said in read.log_odds[:40]:
         by_detector = 1 / (1 + np.exp(-said.transpose(1, 0, 2)))  # (D, S, 7)
+        later = np.arange(len(said)) > 0
         expected = 1 / (1 + np.exp(-stage.of(said)))
-        assert found.combined(by_detector) == pytest.approx(expected, abs=2e-4)
+        assert found.combined(by_detector, later) == pytest.approx(expected, abs=2e-4)
         asked = np.where(stage.settled(said), 1, 2)
-        assert found.asked(by_detector).tolist() == asked.tolist()
+        assert found.asked(by_detector, later).tolist() == asked.tolist()
     assert set(contents["stages"][0]["below"]) == set(COLUMNS)
 
 
@@ -123,7 +151,8 @@ def test_two_stages_are_computed_as_they_were_chosen(tmp_path: Path) -> None:
     asked = set()
     for of_row in trio:
         by_detector = 1 / (1 + np.exp(-of_row.transpose(1, 0, 2)))  # (D, S, 7)
+        later = np.arange(len(of_row)) > 0
         expected = 1 / (1 + np.exp(-stage.of(of_row)))
-        assert found.combined(by_detector) == pytest.approx(expected, abs=2e-4)
-        asked |= set(found.asked(by_detector).tolist())
+        assert found.combined(by_detector, later) == pytest.approx(expected, abs=2e-4)
+        asked |= set(found.asked(by_detector, later).tolist())
     assert asked == {1, 2, 3}

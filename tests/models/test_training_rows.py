@@ -152,7 +152,7 @@ def test_only_texts_that_stood_alone_turn_up_behind_other_peoples_answers() -> N
 
 def test_a_mix_takes_so_many_rows_of_a_source_and_no_more() -> None:
     """Of each its own cap, of our own texts fewer, of those in plain words twice these."""
-    names = {"bbq": 350, "surge_toxicity": 700, "own_privacy": 350, "own_borderline": 700}
+    names = {"bbq": 350, "surge_toxicity": 700, "own_privacy": 250, "own_borderline": 500}
     many = [row(id=f"{name}/{n}", source=name) for name in names for n in range(900)]
     found = [r.source for r in windows.capped(many, random.Random(1))]
     assert {name: found.count(name) for name in names} == names

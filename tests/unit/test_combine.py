@@ -43,6 +43,9 @@ def contents(**changes: Any) -> dict[str, Any]:
     return plain | changes
 
 
+FIRST = np.array([False])  # one segment, the first of its reply
+
+
 def written(folder: Path, **changes: Any) -> Path:
     (folder / combine.FILE).write_text(json.dumps(contents(**changes)))
     return folder
@@ -52,9 +55,36 @@ def test_it_is_the_weighted_sum_of_log_odds(tmp_path: Path) -> None:
     """0.25 * logit(0.8) + 0.5 * logit(0.5) - 1, by hand."""
     found = combine.read(written(tmp_path), PAIR)
     assert found is not None
-    combined = found.combined(np.array([[[0.8] * 7], [[0.5] * 7]]))
+    combined = found.combined(np.array([[[0.8] * 7], [[0.5] * 7]]), FIRST)
     assert combined.shape == (1, 7)
     assert combined[0, 0] == pytest.approx(1 / (1 + math.exp(1 - 0.25 * math.log(4))), abs=1e-6)
+
+
+def test_a_later_segment_needs_more_for_the_same_probability(tmp_path: Path) -> None:
+    """What a column loses is taken from its log-odds, where there is text before the segment."""
+    found = combine.read(written(tmp_path, later={"violence": -1.5, "harmful": 0.0}), PAIR)
+    assert found is not None
+    scores = np.array([[[0.8] * 7] * 2, [[0.5] * 7] * 2])  # two detectors, two segments
+    passages = [Passage("one", "", ()), Passage("two", "one", ())]
+    first, later = found.combined(scores, combine.follows(passages))
+    plain = 0.25 * odds(0.8) - 1
+    assert first == pytest.approx([chance(plain)] * 7, abs=1e-6)
+    assert later == pytest.approx([chance(plain - 1.5), *[chance(plain)] * 6], abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.5, float("inf"), float("-inf"), None])
+def test_a_later_segment_never_needs_less(tmp_path: Path, shift: float | None) -> None:
+    """A file that says so is refused, at both of its places."""
+    later = {"hate_speech": shift} if shift is not None else {"hate": -1.0}
+    text = json.dumps(contents(later=later)).replace("Infinity", "1e999")
+    (tmp_path / combine.FILE).write_text(text)
+    with pytest.raises(CombinationError):
+        combine.read(tmp_path, PAIR)
+    (tmp_path / combine.FILE).write_text(
+        json.dumps(contents(stages=[first(later=later)])).replace("Infinity", "1e999")
+    )
+    with pytest.raises(CombinationError):
+        combine.read(tmp_path, PAIR)
 
 
 def test_a_score_that_is_missing_stays_missing(tmp_path: Path) -> None:
@@ -63,7 +93,7 @@ def test_a_score_that_is_missing_stays_missing(tmp_path: Path) -> None:
     assert found is not None
     scores = np.full((2, 3, 7), 0.1)
     scores[1, 1, 4] = np.nan
-    missing = np.isnan(found.combined(scores))
+    missing = np.isnan(found.combined(scores, np.zeros(3, dtype=bool)))
     assert missing[1, 4]
     assert missing.sum() == 1
 
@@ -72,7 +102,7 @@ def test_certain_scores_stay_finite(tmp_path: Path) -> None:
     """0 and 1 have no finite log-odds, and still combine."""
     found = combine.read(written(tmp_path), PAIR)
     assert found is not None
-    combined = found.combined(np.stack([np.zeros((1, 7)), np.ones((1, 7))]))
+    combined = found.combined(np.stack([np.zeros((1, 7)), np.ones((1, 7))]), FIRST)
     assert ((combined >= 0) & (combined <= 1)).all()
 
 
@@ -115,7 +145,7 @@ def test_three_detectors_count_as_they_were_weighed(tmp_path: Path) -> None:
     folder = written(tmp_path, detectors=names, weights=weights)
     found = combine.read(folder, [Named(*it) for it in names.items()])
     assert found is not None
-    combined = found.combined(np.array([[[0.8] * 7], [[0.5] * 7], [[0.2] * 7]]))
+    combined = found.combined(np.array([[[0.8] * 7], [[0.5] * 7], [[0.2] * 7]]), FIRST)
     assert combined[0, 0] == pytest.approx(1 / (1 + math.exp(0.2 * math.log(4) - 0.4)), abs=1e-6)
 
 
@@ -201,10 +231,10 @@ def test_the_worker_scores_with_it_and_says_so(tmp_path: Path) -> None:
     found = combine.read(written(tmp_path, detectors=digests), pair)
     assert found is not None
     rows = detect.encode(pair, [Passage("text", "", ())])
-    ((scores, stage, _),) = detect.score(pair, rows, found)
+    ((scores, stage, _),) = detect.score(pair, rows, found, FIRST)
     assert scores == pytest.approx([1 / (1 + math.exp(1 - 0.25 * math.log(4)))] * 7, abs=1e-6)
     assert stage == "toxicity"
-    assert detect.score(pair, rows)[0][0] == (0.8,) * 7
+    assert detect.score(pair, rows, None, FIRST)[0][0] == (0.8,) * 7
     assert (
         detect.model_id(pair, found)
         == f"toxicity@tototo+context@cococo+combined@{found.digest[:6]}"
@@ -257,12 +287,33 @@ def test_what_the_first_detectors_settle_goes_to_no_other(tmp_path: Path) -> Non
     dear = Counting("context", {"calm": 0.9, "loud": 0.8})
     found = staged(tmp_path, cheap, dear)
     rows = detect.encode((cheap, dear), [Passage("calm", "", ()), Passage("loud", "", ())])
-    calm, loud = detect.score((cheap, dear), rows, found)
+    calm, loud = detect.score((cheap, dear), rows, found, [False] * len(rows))
     assert calm.scores == pytest.approx([chance(odds(0.3) - 1)] * 7, abs=1e-6)
     assert loud.scores == pytest.approx([chance(0.5 * odds(0.8) - 1)] * 7, abs=1e-6)
     assert (cheap.asked, dear.asked) == (2, 1)
     assert (calm.tokens, loud.tokens) == (2, 4)
     assert (calm.stage, loud.stage) == ("toxicity", "context")
+
+
+def test_a_first_look_settles_a_later_segment_sooner(tmp_path: Path) -> None:
+    """0.5 less 1 is 0.27, above 0.2; less another 1 it is 0.12, and no other is asked."""
+    cheap = Counting("toxicity", {"opening": 0.5, "later": 0.5})
+    dear = Counting("context", {"opening": 0.8, "later": 0.8})
+    digests = {"toxicity": cheap.digest, "context": dear.digest}
+    less = dict.fromkeys(COLUMNS, -1.0)
+    path = written(tmp_path, detectors=digests, stages=[first(later=less)])
+    found = combine.read(path, (cheap, dear))
+    assert found is not None
+    passages = [Passage("opening", "", ()), Passage("later", "opening", ())]
+    rows = detect.encode((cheap, dear), passages)
+    opening, later = detect.score((cheap, dear), rows, found, combine.follows(passages))
+    assert later.scores == pytest.approx([chance(odds(0.5) - 2)] * 7, abs=1e-6)
+    assert opening.scores == pytest.approx([chance(0.5 * odds(0.8) - 1)] * 7, abs=1e-6)
+    assert (later.tokens, opening.tokens, dear.asked) == (2, 4, 1)
+    for passage, expected in zip(passages, (opening, later), strict=True):
+        encoded, alone, _ = detect.judge((cheap, dear), passage, found)
+        assert len(encoded) == 2
+        assert alone.stage == expected.stage
 
 
 def test_a_segment_goes_its_way_whatever_it_is_batched_with(tmp_path: Path) -> None:
@@ -271,11 +322,15 @@ def test_a_segment_goes_its_way_whatever_it_is_batched_with(tmp_path: Path) -> N
     dear = Counting("context", {"calm": 0.9, "loud": 0.8})
     found = staged(tmp_path, cheap, dear)
     rows = detect.encode((cheap, dear), [Passage("calm", "", ()), Passage("loud", "", ())])
-    together = [scored.scores for scored in detect.score((cheap, dear), rows, found)]
-    alone = [detect.score((cheap, dear), [row], found)[0].scores for row in rows]
+    together = [
+        scored.scores for scored in detect.score((cheap, dear), rows, found, [False] * len(rows))
+    ]
+    alone = [detect.score((cheap, dear), [row], found, FIRST)[0].scores for row in rows]
     whole = np.stack([cheap.score([row[0] for row in rows]), dear.score([row[1] for row in rows])])
     assert alone == together
-    assert found.combined(whole).tolist() == [list(scores) for scores in together]
+    assert found.combined(whole, np.zeros(2, dtype=bool)).tolist() == [
+        list(scores) for scores in together
+    ]
 
 
 def test_a_first_look_without_a_score_settles_nothing(tmp_path: Path) -> None:
@@ -284,7 +339,7 @@ def test_a_first_look_without_a_score_settles_nothing(tmp_path: Path) -> None:
     dear = Counting("context", {"calm": 0.1})
     found = staged(tmp_path, cheap, dear)
     rows = detect.encode((cheap, dear), [Passage("calm", "", ())])
-    ((scores, _, _),) = detect.score((cheap, dear), rows, found)
+    ((scores, _, _),) = detect.score((cheap, dear), rows, found, [False] * len(rows))
     assert np.isnan(scores).all()
     assert dear.asked == 1
 
@@ -308,7 +363,7 @@ def test_each_stage_may_settle_what_the_one_before_left(tmp_path: Path) -> None:
     found = combine.read(path, trio)
     assert found is not None
     rows = detect.encode(trio, [Passage(text, "", ()) for text in texts])
-    scored = detect.score(trio, rows, found)
+    scored = detect.score(trio, rows, found, [False] * len(rows))
     wild = 0.25 * odds(0.5) + 0.5 * odds(0.6) + 0.5 * odds(0.8) - 1
     expected = [chance(odds(0.3) - 1), chance(odds(0.2) - 0.5), chance(wild)]
     assert [it.scores[0] for it in scored[:3]] == pytest.approx(expected, abs=1e-6)
@@ -317,11 +372,14 @@ def test_each_stage_may_settle_what_the_one_before_left(tmp_path: Path) -> None:
     assert [it.tokens for it in scored] == [2, 4, 6, 6]
     assert [it.stage for it in scored] == ["toxicity", "toxicity", "context", "context"]
     for one, row in zip(scored[:3], rows, strict=False):
-        assert detect.score(trio, [row], found) == [one]
+        assert detect.score(trio, [row], found, FIRST) == [one]
     everything = np.stack([it.score([row[0] for row in rows]) for it in trio])
-    assert found.asked(everything).tolist() == [1, 2, 3, 3]
-    assert found.combined(everything)[:3].tolist() == [list(it.scores) for it in scored[:3]]
-    (whole,) = detect.score(trio, [rows[0]], found, [True])
+    opening = np.zeros(len(rows), dtype=bool)
+    assert found.asked(everything, opening).tolist() == [1, 2, 3, 3]
+    assert found.combined(everything, opening)[:3].tolist() == [
+        list(it.scores) for it in scored[:3]
+    ]
+    (whole,) = detect.score(trio, [rows[0]], found, FIRST, [True])
     assert whole.scores[0] == pytest.approx(
         chance(0.25 * odds(0.3) + 0.5 * odds(0.9) + 0.5 * odds(0.9) - 1), abs=1e-6
     )

@@ -190,7 +190,7 @@ def test_an_unknown_slot_is_refused() -> None:
 def test_each_file_of_texts_is_a_source() -> None:
     """No file is forgotten, and each source that the texts' guide promises has one."""
     assert {path.stem for path in own_texts.TEXTS.glob("own_*.txt")} == set(SOURCES)
-    assert len(SOURCES) == 26
+    assert len(SOURCES) == 34
 
 
 def test_a_text_whose_label_hangs_on_its_question_keeps_it() -> None:

@@ -2,15 +2,17 @@
 
 import asyncio
 import functools
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from detectors.constant import Constant
-from detectors.harms import THRESHOLD_KEYS
+from detectors.harms import COLUMNS, THRESHOLD_KEYS
 from detectors.protocol import Encoded, FloatArray, Passage, Window
 from tests.lanes import delta
 from worker.events import Decision
@@ -389,3 +391,42 @@ def test_what_costs_no_tokens_is_batched_by_its_size_where_it_is_alone() -> None
     assert (work.rows, work.longest) == (2, 5_000)
     work.read_as((free, encoded), 0.0)
     assert (work.rows, work.longest) == (1, encoded.tokens)
+
+
+class Half(Constant):
+    """0.5 of everything, under a name of its own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = self.digest = name
+
+    def score(self, batch: Sequence[Encoded]) -> FloatArray:
+        """(B, 7)."""
+        return np.full((len(batch), 7), 0.5)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_later_segment_loses_what_was_learnt(tmp_path: Path, at_once: bool) -> None:
+    """On both ways to the models: by batches, and one segment at once."""
+    weights = {column: [0.5, 0.5, 0.0] for column in COLUMNS}
+    contents = {
+        "detectors": {"one": "one", "two": "two"}, "weights": weights,
+        "thresholds": dict.fromkeys(THRESHOLD_KEYS, 0.9),
+        "later": dict.fromkeys(COLUMNS, -2.0),
+    }  # fmt: skip
+    (tmp_path / "combination.json").write_text(json.dumps(contents))
+    settings = Settings(models=tmp_path, context_segments=2)
+    streams = 1 if at_once else 40
+    texts = " ".join(f"Sentence {i} is here to be judged by the models." for i in range(30))
+    found: set[float] = set()
+    async with Pipeline(settings, [Half("one"), Half("two")]) as pipeline:
+        await asyncio.sleep(0.01)
+        lane = pipeline.lane("in", 0)
+        for number in range(streams):
+            value = delta(f"s{number}", 0, texts, True)
+            pipeline.submit(lane, lane.feed(number, 0, None, value, pipeline.clock(), 0))
+        while lane.open_streams or pipeline.waiting:
+            await asyncio.sleep(0.005)
+            output = lane.take(pipeline.clock(), drain=True)
+            found |= {it.scores["violence"] for it in output.decisions} if output else set()
+    assert found == {0.5, 0.119203}  # sigmoid(-2)
