@@ -1,15 +1,15 @@
 """Several detectors' scores of one segment to the scores that count.
 
-p = sigmoid(sum over detectors of weight * log-odds + intercept), by column; weights are learnt on
-dev data (export/combined.py) and kept beside the models, with the digests of those they are for.
+p = sigmoid(sum over detectors of weight * log-odds + intercept + later), by column; all are learnt
+on dev data (export/combined.py) and kept beside the models, with the digests of those they are for.
 
 Each segment of a long reply is one more chance to find harm where there is none, so one that
-follows others of its reply needs more to reach the same probability: `later` is added to its
-log-odds. Whether it does shows in the passage alone: there is text before it.
+follows others of its reply needs more to reach the same probability: `later`, 0 or less, is what it
+gets. Whether it does shows in the passage alone (`follows`).
 
 Detectors cost unlike much. Where the cheap ones that come first find a segment clearly harmless,
 their own combination counts, and the others need not be asked (`Stage`); so may the next ones do.
-How far a segment goes depends on nothing but itself.
+How far a segment goes depends on its passage alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ from detectors.protocol import BoolArray, FloatArray, IntArray, Passage
 FILE: Final = "combination.json"
 _FILES: Final = "combination*.json"
 _GRAPHS: Final = ("model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx")  # as export names them
+_TEXT_BEFORE: Final = 30  # letters and digits, fewer are no text: blanks would be a way round
 _NEAREST = 1e-6  # to 0 and to 1, of a probability that becomes log-odds
 _DECIMALS = 6
 
@@ -55,7 +56,6 @@ class Stage(msgspec.Struct, frozen=True):
     detectors: int  # how many of them
     weights: dict[str, tuple[float, ...]]  # as Combination's, of these alone
     below: dict[str, float]  # column -> settled where every column's probability is below
-    later: dict[str, float] = {}  # as Combination's
 
     def settles(self, scores: FloatArray, later: BoolArray) -> BoolArray:
         """(B,) whether these suffice. scores: (detectors or more, B, 7) probabilities."""
@@ -64,17 +64,17 @@ class Stage(msgspec.Struct, frozen=True):
 
     def combined(self, scores: FloatArray, later: BoolArray) -> FloatArray:
         """(B, 7) by these alone."""
-        return _mixed(scores[: self.detectors], self.weights, self.later, later)
+        return _mixed(scores[: self.detectors], self.weights, later)
 
 
 class Combination(msgspec.Struct, frozen=True):
     """combination.json."""
 
     detectors: dict[str, str]  # name -> digest, in the order of the weights
-    weights: dict[str, tuple[float, ...]]  # column -> one weight a detector, then the intercept
+    # column -> one weight a detector, the intercept, and `later` (left out: 0)
+    weights: dict[str, tuple[float, ...]]
     thresholds: dict[str, float]  # by THRESHOLD_KEYS
     stages: tuple[Stage, ...] = ()  # of ever more detectors; none: all are always asked
-    later: dict[str, float] = {}  # column -> log-odds, 0 or less, of what follows other segments
     digest: str = ""  # of the file
 
     def combined(
@@ -86,7 +86,7 @@ class Combination(msgspec.Struct, frozen=True):
         count, as `asked` gives it unless told.
         """
         asked = self.asked(scores, later) if asked is None else asked
-        combined = _mixed(scores, self.weights, self.later, later)
+        combined = _mixed(scores, self.weights, later)
         for stage in self.stages:
             alone = (asked == stage.detectors)[:, None]
             combined = np.where(alone, stage.combined(scores, later), combined)
@@ -101,20 +101,22 @@ class Combination(msgspec.Struct, frozen=True):
 
 
 def follows(passages: Sequence[Passage]) -> BoolArray:
-    """(B,) which of them follow other segments of their reply."""
-    return np.array([bool(passage.before) for passage in passages], dtype=bool)
+    """(B,) which of them follow other segments of their reply: there is text before them."""
+    before = (sum(map(str.isalnum, passage.before)) for passage in passages)
+    return np.array([count >= _TEXT_BEFORE for count in before], dtype=bool)
 
 
 def _mixed(
-    scores: FloatArray, weights: Mapping[str, Sequence[float]], shifts: Mapping[str, float],
-    later: BoolArray,
-) -> FloatArray:  # fmt: skip
+    scores: FloatArray, weights: Mapping[str, Sequence[float]], later: BoolArray
+) -> FloatArray:
     """(B, 7) probabilities of (D, B, 7): the weighted sum of log-odds, the intercept, and what a
     later segment gets."""
-    table = np.array([weights[column] for column in COLUMNS])  # (7, D + 1)
-    shift = np.array([shifts.get(column, 0.0) for column in COLUMNS])
-    total = np.einsum("dbc,cd->bc", log_odds(scores), table[:, :-1]) + table[:, -1]  # (B, 7)
-    return sigmoid(total + np.outer(later, shift)).round(_DECIMALS)
+    detectors = len(scores)
+    slopes = np.array([weights[column][:detectors] for column in COLUMNS])  # (7, D)
+    intercepts = np.array([weights[column][detectors] for column in COLUMNS])
+    shifts = np.array([sum(weights[column][detectors + 1 :]) for column in COLUMNS])
+    total = np.einsum("dbc,cd->bc", log_odds(scores), slopes) + intercepts  # (B, 7)
+    return sigmoid(total + np.outer(later, shifts)).round(_DECIMALS)
 
 
 def log_odds(scores: FloatArray) -> FloatArray:
@@ -176,7 +178,6 @@ def _decoded(path: Path) -> Combination:
 
 def _check(found: Combination) -> None:
     _check_weights(found.weights, len(found.detectors), "weights")
-    _check_later(found.later, "later")
     for harm, threshold in found.thresholds.items():
         if harm not in THRESHOLD_KEYS or not 0.0 <= threshold <= 1.0:
             raise CombinationError(f"{FILE}: thresholds: {harm}: unknown, or outside 0..1")
@@ -193,21 +194,19 @@ def _check_weights(weights: Mapping[str, Sequence[float]], detectors: int, field
     if set(weights) != set(COLUMNS):
         raise CombinationError(f"{FILE}: {field}: need {', '.join(COLUMNS)}")
     for column, row in weights.items():
-        if len(row) != detectors + 1:
-            raise CombinationError(f"{FILE}: {field}: {column}: one a detector, and the intercept")
-        if not np.isfinite(row).all() or min(row[:-1]) < 0 or max(row[:-1]) <= 0:
+        if not detectors + 1 <= len(row) <= detectors + 2:
+            raise CombinationError(
+                f"{FILE}: {field}: {column}: one a detector, the intercept, and for later segments"
+            )
+        slopes, shift = row[:detectors], sum(row[detectors + 1 :])
+        if not np.isfinite(row).all() or min(slopes) < 0 or max(slopes) <= 0:
             raise CombinationError(f"{FILE}: {field}: {column}: a higher score must count for more")
-
-
-def _check_later(later: Mapping[str, float], field: str) -> None:
-    for column, shift in later.items():
-        if column not in COLUMNS or not (np.isfinite(shift) and shift <= 0.0):
-            raise CombinationError(f"{FILE}: {field}: {column}: unknown, or not 0 or less")
+        if shift > 0:
+            raise CombinationError(f"{FILE}: {field}: {column}: a later segment counts for no more")
 
 
 def _check_stage(stage: Stage, thresholds: Mapping[str, float]) -> None:
     _check_weights(stage.weights, stage.detectors, "stages: weights")
-    _check_later(stage.later, "stages: later")
     if set(stage.below) != set(COLUMNS):
         raise CombinationError(f"{FILE}: stages: below: need {', '.join(COLUMNS)}")
     for column, key in zip(COLUMNS, THRESHOLD_KEYS, strict=True):

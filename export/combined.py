@@ -9,7 +9,7 @@ trained no detector and are not reported (training.sets.calibrating).
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from detectors.calibrate import Calibration, sigmoid
-from detectors.combine import FILE, log_odds
+from detectors.combine import FILE, follows, log_odds
 from detectors.harms import COLUMNS, HARMFUL, THRESHOLD_KEYS
 from detectors.load import load_detectors
 from detectors.protocol import BoolArray, FloatArray
@@ -27,6 +27,7 @@ from training.measure import Labelled, Scored, stacked
 from training.metrics import auroc
 from training.rows import Row
 from training.scores import OfFolder
+from training.windows import judged
 
 PLAIN: Final = Calibration(np.ones(len(COLUMNS)), np.zeros(len(COLUMNS)))  # log-odds already
 _FEW: Final = 12  # rows of the rarer class; fewer teach no weights, and all count alike
@@ -43,6 +44,7 @@ class Read(NamedTuple):
 
     rows: list[Row]
     log_odds: list[FloatArray]  # a row: (S, D, 7)
+    later: list[BoolArray]  # a row: (S,) which segments follow others
 
     def by(self, detector: int) -> Scored:
         """The highest log-odds of one detector over each row's segments."""
@@ -50,18 +52,22 @@ class Read(NamedTuple):
 
     def together(self, combined: "Combined") -> Scored:
         """The highest combined log-odds over each row's segments."""
-        return Scored(self.rows, stacked([combined.of(s).max(axis=0) for s in self.log_odds]))
+        return Scored(self.rows, stacked([combined.of(*it).max(axis=0) for it in self.said()]))
+
+    def said(self) -> Iterator[tuple[FloatArray, BoolArray]]:
+        """A row's log-odds, and which of its segments follow others."""
+        return zip(self.log_odds, self.later, strict=True)
 
     def only(self, detectors: int) -> "Read":
         """The same by the first so many."""
-        return Read(self.rows, [of_row[:, :detectors] for of_row in self.log_odds])
+        return self._replace(log_odds=[of_row[:, :detectors] for of_row in self.log_odds])
 
 
 class Combined(Protocol):
-    """How several detectors' log-odds of one row's segments, in order, become one."""
+    """How several detectors' log-odds become one."""
 
-    def of(self, said: FloatArray) -> FloatArray:
-        """(S, 7) of (S, D, 7) log-odds."""
+    def of(self, said: FloatArray, later: BoolArray) -> FloatArray:
+        """(S, 7) of (S, D, 7) log-odds. later: (S,) which segments follow others."""
         ...
 
 
@@ -73,20 +79,15 @@ class Weights(NamedTuple):
     intercepts: FloatArray  # (7,)
     later: FloatArray  # (7,) 0 or less
 
-    def of(self, said: FloatArray) -> FloatArray:
+    def of(self, said: FloatArray, later: BoolArray) -> FloatArray:
         """(S, 7) of (S, D, 7) log-odds."""
         combined: FloatArray = (said * self.slopes).sum(axis=1) + self.intercepts
-        combined[1:] += self.later
-        return combined
+        return combined + np.outer(later, self.later)
 
     def by_column(self) -> dict[str, list[float]]:
         """As combination.json has them."""
-        table = np.vstack([self.slopes, self.intercepts]).T  # (7, D + 1)
+        table = np.vstack([self.slopes, self.intercepts, self.later]).T  # (7, D + 2)
         return {c: [round(float(w), 5) for w in row] for c, row in zip(COLUMNS, table, strict=True)}
-
-    def later_by_column(self) -> dict[str, float]:
-        """Likewise."""
-        return {c: round(float(it), 5) for c, it in zip(COLUMNS, self.later, strict=True)}
 
 
 class Staged(NamedTuple):
@@ -96,16 +97,17 @@ class Staged(NamedTuple):
     then: Combined  # all of them, or another stage
     below: FloatArray  # (7,) probabilities
 
-    def settled(self, said: FloatArray) -> BoolArray:
+    def settled(self, said: FloatArray, later: BoolArray) -> BoolArray:
         """(S,) of (S, D, 7) log-odds."""
-        return np.asarray((sigmoid(self._early(said)) < self.below).all(axis=1))
+        return np.asarray((sigmoid(self._early(said, later)) < self.below).all(axis=1))
 
-    def of(self, said: FloatArray) -> FloatArray:
+    def of(self, said: FloatArray, later: BoolArray) -> FloatArray:
         """(S, 7) of (S, D, 7) log-odds."""
-        return np.where(self.settled(said)[:, None], self._early(said), self.then.of(said))
+        settled = self.settled(said, later)[:, None]
+        return np.where(settled, self._early(said, later), self.then.of(said, later))
 
-    def _early(self, said: FloatArray) -> FloatArray:
-        return self.first.of(said[:, : len(self.first.slopes)])
+    def _early(self, said: FloatArray, later: BoolArray) -> FloatArray:
+        return self.first.of(said[:, : len(self.first.slopes)], later)
 
     def stages(self) -> list["Staged"]:
         """This one and those behind it."""
@@ -116,7 +118,7 @@ class Staged(NamedTuple):
         settled = np.zeros(sum(map(len, some.log_odds)), dtype=bool)
         found = []
         for stage in self.stages():
-            settled = settled | np.concatenate([stage.settled(said) for said in some.log_odds])
+            settled = settled | np.concatenate([stage.settled(*it) for it in some.said()])
             found.append(float(settled.mean()))
         return found
 
@@ -126,7 +128,6 @@ class Staged(NamedTuple):
         return {
             "detectors": len(self.first.slopes),
             "weights": self.first.by_column(),
-            "later": self.first.later_by_column(),
             "below": {column: round(float(limit), 6) for column, limit in below},
         }
 
@@ -193,7 +194,7 @@ def _read(rows: Sequence[Row], folders: Sequence[Path], arguments: argparse.Name
         for folder in folders
     ]
     said = [log_odds(np.stack(of_row, axis=1)) for of_row in zip(*by_detector, strict=True)]
-    return Read(list(rows), said)
+    return Read(list(rows), said, [follows(judged(row)) for row in rows])
 
 
 def stage(read: Mapping[str, Read], then: Combined, count: int) -> Staged:
@@ -256,15 +257,23 @@ def _later(some: Read, alike: Weights) -> FloatArray:
 
 
 def _losses(scored: Scored) -> FloatArray:
-    """(7,) mean losses of the labelled rows, calibrated anew."""
+    """(7,) mean losses of the labelled rows, calibrated anew; 0 where too few are."""
     found = []
     for column in range(len(COLUMNS)):
         labelled = thresholds.evened(scored, column)
+        if _too_few(labelled):
+            found.append(0.0)
+            continue
         slope, intercept = thresholds.platt(labelled)
         total = slope * labelled.logits + intercept
         losses = np.logaddexp(0.0, total) - labelled.targets * total
-        found.append(np.average(losses, weights=labelled.weights))
+        loss = float(np.average(losses, weights=labelled.weights))
+        found.append(loss if slope > 0 else np.inf)
     return np.array(found)
+
+
+def _too_few(labelled: Labelled) -> bool:
+    return min((labelled.targets > 0).sum(), (labelled.targets == 0).sum()) < _FEW
 
 
 def _slopes(labelled: Sequence[Labelled]) -> FloatArray:
@@ -274,7 +283,7 @@ def _slopes(labelled: Sequence[Labelled]) -> FloatArray:
     """
     targets, weights = labelled[0].targets, labelled[0].weights
     even = np.full(len(labelled), 1 / len(labelled))
-    if min((targets > 0).sum(), (targets == 0).sum()) < _FEW:
+    if _too_few(labelled[0]):
         return even
     features = np.stack([one.logits for one in labelled], axis=1)  # (N, D)
     shares = weights / weights.sum()
@@ -299,7 +308,6 @@ def combination(
     return {
         "detectors": dict(digests),
         "weights": weights.by_column(),
-        "later": weights.later_by_column(),
         "thresholds": dict(chosen),
     }
 

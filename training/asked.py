@@ -42,7 +42,7 @@ def replies(
         if not sure:
             continue
         kept = [scores.scored(folder, sure, runs / "scores") for folder in folders]
-        together = scores.together(kept, combination)
+        together = scores.together(sure, kept, combination)
         looks = Looks(second, limits)
         before = np.array([float((of_row > limits).any()) for of_row in together])
         after = np.array([looks.blocked(*pair) for pair in zip(sure, together, strict=True)])

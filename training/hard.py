@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 from tqdm import tqdm
 
-from detectors.combine import Combination, follows, highest
+from detectors.combine import Combination, highest
 from detectors.harms import COLUMNS, HARMFUL
 from detectors.load import load_combination, load_detectors
 from detectors.protocol import Detector, FloatArray, Passage
@@ -117,9 +117,10 @@ def _wrong(row: Row, detectors: Sequence[Detector], combination: Combination | N
 def scored(
     passages: Sequence[Passage], detectors: Sequence[Detector], combination: Combination | None
 ) -> FloatArray:
-    """(S, 7) as the worker makes them, the costly detectors asked where the first do not settle."""
+    """(S, 7) as the worker makes them of a reply's first segment, each of these; the costly
+    detectors asked where the first do not settle."""
     said = np.zeros((len(detectors), len(passages), len(COLUMNS)))
-    later = follows(passages)
+    later = np.zeros(len(passages), dtype=bool)  # what one of those loses would hide an error
     open_ = np.arange(len(passages))
     stages = combination.stages if combination else ()
     ends = {stage.detectors: stage for stage in stages}

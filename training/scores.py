@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from detectors.combine import Combination, highest
+from detectors.combine import Combination, follows, highest
 from detectors.harms import COLUMNS, HARMS, THRESHOLD_KEYS
 from detectors.keywords import Keywords
 from detectors.load import kind_of, load_detector
@@ -223,14 +223,17 @@ def _unpacked(value: bytes) -> FloatArray:
 
 
 def together(
-    parts: Sequence[Sequence[FloatArray]], combination: Combination | None
+    rows: Sequence[Row], parts: Sequence[Sequence[FloatArray]], combination: Combination | None
 ) -> list[FloatArray]:
-    """What several detectors say of the same rows' segments, as the worker makes one of them: as
-    learnt, or the highest of each column."""
-    rows = [np.stack(of_row) for of_row in zip(*parts, strict=True)]  # (D, S, 7) each
+    """What several detectors say of the rows' segments, as the worker makes one of them: as learnt,
+    or the highest of each column. parts: of each detector (S, 7) a row."""
+    said = [np.stack(of_row) for of_row in zip(*parts, strict=True)]  # (D, S, 7) each
     if combination is None:
-        return [highest(said) for said in rows]
-    return [combination.combined(said, np.arange(said.shape[1]) > 0) for said in rows]
+        return [highest(it) for it in said]
+    return [
+        combination.combined(it, follows(passages_of(row)))
+        for row, it in zip(rows, said, strict=True)
+    ]
 
 
 def with_keywords(

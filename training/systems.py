@@ -58,8 +58,8 @@ class Compare:
         yield from alone.values()
         names = _first_of_each(found)
         for some, learnt in self._learnt(names):
-            yield _together([alone[name] for name in some], learnt)
-        whole = _together([alone[name] for name in names], self._combination(names))
+            yield _together([alone[name] for name in some], learnt, self._all)
+        whole = _together([alone[name] for name in names], self._combination(names), self._all)
         if len(names) > 1:
             yield whole
         looked = self._looked(whole, names)
@@ -81,7 +81,7 @@ class Compare:
         yield from (alone[name] for name in exact)
         names = _first_of_each(twins)
         if exact and len(names) > 1:
-            yield _together([alone[name] for name in names], self._combination(names))
+            yield _together([alone[name] for name in names], self._combination(names), rows)
 
     def others(self) -> Iterator[System]:
         """The floor, and the small baselines where they are installed."""
@@ -159,12 +159,15 @@ def _first_of_each(models: Mapping[str, OfFolder]) -> list[str]:
     return list(first.values())
 
 
-def _together(parts: Sequence[System], combination: Combination | None) -> System:
+def _together(
+    parts: Sequence[System], combination: Combination | None, rows: Sequence[Row]
+) -> System:
     """Several detectors as the worker makes one of them; of two thresholds the first's counts."""
     if len(parts) == 1:
         return parts[0]
-    ids = list(parts[0].known)
-    found = scores.together([[part.known[i] for i in ids] for part in parts], combination)
+    ids = [row.id for row in rows]
+    said = [[part.known[i] for i in ids] for part in parts]
+    found = scores.together(rows, said, combination)
     name = " + ".join(part.name for part in parts)
     thresholds = {**parts[0].thresholds, **(combination.thresholds if combination else {})}
     return System(name, thresholds, dict(zip(ids, found, strict=True)))

@@ -61,7 +61,9 @@ def samples(rows: Iterable[Row], chance: random.Random) -> list[Sample]:
 
 def one(row: Row, chance: random.Random) -> Sample:
     """One of the row's windows whose label is the row's, as the worker would give it."""
-    windows = _harmful_windows(row) if max(row.targets) > 0 else judged(row)
+    windows = judged(row)
+    if max(row.targets) > 0:
+        windows = _enough(row) or windows[-1:]
     return Sample(chance.choice(windows), row.targets, row.weights, row.source)
 
 
@@ -95,7 +97,13 @@ def _scarce(row: Row) -> bool:
 
 
 def _harmful_windows(row: Row) -> list[Passage]:
-    """Windows that hold enough of a harmful text to be harmful themselves."""
+    """Windows that hold enough of a harmful text to be harmful themselves; a short one whole."""
+    return _enough(row) or [
+        judged(row)[-1] if row.turns_at else Passage(row.text, "", row.conversation)
+    ]
+
+
+def _enough(row: Row) -> list[Passage]:
     windows, end = [], 0
     for passage in judged(row):
         end += len(passage.text)
@@ -106,7 +114,7 @@ def _harmful_windows(row: Row) -> list[Passage]:
             enough = shown + len(passage.before) >= _HARM_SHOWS
         if enough:
             windows.append(passage)
-    return windows or [judged(row)[-1] if row.turns_at else Passage(row.text, "", row.conversation)]
+    return windows
 
 
 def _turned(rows: list[Row], chance: random.Random) -> Iterator[Sample]:

@@ -139,11 +139,14 @@ class Worker(ConsumerRebalanceListener):
         return self._poll(), self._tick(), self._updates.follow()
 
     async def _start(self) -> None:
-        await reach(self._settings, self._admin.start)
-        await reach(self._settings, self._check_topics)
-        await reach(self._settings, self._updates.open)  # before anything is judged
+        await reach(self._settings, self._admin.start, self._beats)
+        await reach(self._settings, self._check_topics, self._beats)
+        await reach(self._settings, self._updates.open, self._beats)  # before anything is judged
         self._consumer.subscribe([self._settings.outputs_topic], listener=self)
-        await reach(self._settings, self._consumer.start)
+        await reach(self._settings, self._consumer.start, self._beats)
+
+    def _beats(self) -> None:
+        self.beat = time.monotonic()
 
     async def _leave(self) -> None:
         """Leave the group within the time that is left; aiokafka may hang here."""

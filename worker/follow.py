@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError, KafkaTimeoutError
+from aiokafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
 
 from worker.errors import PartitionLost, Stop
 from worker.publish import client_settings, finish
@@ -25,7 +25,7 @@ _MOST_RECORDS = 4_000  # at once
 _FETCH_BYTES = 4 << 20  # of a partition
 _MAX_FAILURES = 50  # in a row, that waiting will not mend
 _START_S = 60.0  # how long brokers may be out of reach when a process starts
-_START_AGAIN_S = 0.5
+_START_AGAIN_S, _BEAT_S = 0.5, 1.0
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def reaching(settings: Settings) -> Iterator[None]:
     try:
         yield
     except KafkaError as error:
-        raise Stop(f"no broker at {settings.bootstrap_servers} serves us: {error!r}") from error
+        raise _unserved(settings, error) from error
 
 
 async def reach(
@@ -42,19 +42,31 @@ async def reach(
 ) -> None:
     """Do a step of starting that needs the brokers; again, for a while, where it fails by them.
 
-    beat: called between two tries. Raises Stop.
+    beat: called every second meanwhile, as proof that the event loop turns. Raises Stop.
     """
     deadline = time.monotonic() + _START_S
-    with reaching(settings):
+    beating = asyncio.create_task(_keep(beat))
+    try:
         while True:
             try:
                 return await step()
-            except KafkaError as error:
+            except (KafkaError, TimeoutError, OSError) as error:
                 if not mends(error) or time.monotonic() > deadline:
-                    raise
+                    raise _unserved(settings, error) from error
                 log.warning("start.waits", error=type(error).__name__)
-            beat()
             await asyncio.sleep(_START_AGAIN_S)
+    finally:
+        beating.cancel()
+
+
+async def _keep(beat: Callable[[], None]) -> None:
+    while True:
+        beat()
+        await asyncio.sleep(_BEAT_S)
+
+
+def _unserved(settings: Settings, error: Exception) -> Stop:
+    return Stop(f"no broker at {settings.bootstrap_servers} serves us: {error!r}")
 
 
 def mends(error: BaseException) -> bool:
@@ -97,7 +109,7 @@ class Follower:
 
     async def _open(self) -> None:
         await self._consumer.start()
-        cluster = await self._consumer._client.fetch_all_metadata()  # noqa: SLF001 - asking by name may create
+        cluster = await self._cluster()
         self.partitions = []
         for topic in self._topics:
             numbers = cluster.partitions_for_topic(topic)
@@ -106,6 +118,14 @@ class Follower:
             self.partitions += [TopicPartition(topic, number) for number in sorted(numbers)]
         self._consumer.assign(self.partitions)
         self.seek(await self.begins())
+
+    async def _cluster(self) -> Any:
+        try:  # asking by name may create
+            return await self._consumer._client.fetch_all_metadata()  # noqa: SLF001
+        except KafkaError as error:
+            if type(error) is not KafkaError:
+                raise
+            raise KafkaConnectionError(str(error)) from error  # aiokafka's word for: none answers
 
     async def close(self, bound_s: float = 2.0) -> None:
         """Let go; a client that hangs is left behind."""

@@ -91,7 +91,7 @@ def test_scores_and_verdicts_are_those_of_moderate(names: tuple[str, ...]) -> No
         for detector in detectors
     ]  # fmt: skip
     combination = load_combination(MODELS, detectors)
-    whole = systems._together(alone, combination)
+    whole = systems._together(alone, combination, some)
     second = load_second(systems.SECOND, MODELS, detectors, combination)
     if second is not None:
         whole = systems.with_looks(whole, some, second)
@@ -200,13 +200,13 @@ def test_two_detectors_are_made_one_as_in_the_worker(learnt: bool) -> None:
     """By the combination beside them, else the highest of each column."""
     chance = np.random.default_rng(5)
     weights = {column: tuple(chance.random(3).tolist()) for column in COLUMNS}
-    later = dict.fromkeys(COLUMNS, -0.7)
-    both = Combination({"a": "1", "b": "2"}, weights, {}, later=later)
-    combination = both if learnt else None
+    weights = {column: (*row, -0.7) for column, row in weights.items()}
+    combination = Combination({"a": "1", "b": "2"}, weights, {}) if learnt else None
     detectors = [RowDetector(), Reversed()]
-    passages = windows.judged(row(TEXTS[0]))
+    judged = row(TEXTS[0])
+    passages = windows.judged(judged)
     alone = [detector.score(detector.encode(passages)) for detector in detectors]
-    (found,) = scores.together([[of_row] for of_row in alone], combination)
+    (found,) = scores.together([judged], [[of_row] for of_row in alone], combination)
     batch = detect.encode(detectors, passages)
     expected = [
         scored.scores for scored in detect.score(detectors, batch, combination, follows(passages))

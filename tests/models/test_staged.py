@@ -22,6 +22,7 @@ class Named:
         self.name, self.digest = name, name * 3
 
 
+SECOND = np.array([False, True])  # of two segments the one that follows another
 PAIR = (Named("cheap"), Named("dear"))
 
 
@@ -50,9 +51,9 @@ def staged(blind: float) -> tuple[Any, Any]:
     """A stage of one detector, and what it was chosen on."""
     from export import combined
 
-    read = {"calibrate": combined.Read(*drawn(400, blind))}
+    read = {"calibrate": combined.Read(*drawn(400, blind), [SECOND] * 400)}
     for name in ("harmless", "look_alikes", "counter_speech"):
-        read[f"calibrate_{name}"] = combined.Read([], [])
+        read[f"calibrate_{name}"] = combined.Read([], [], [])
     return combined.stage(read, combined.learn(read["calibrate"]), 1), read["calibrate"]
 
 
@@ -74,18 +75,18 @@ def test_what_a_later_segment_loses_is_learnt() -> None:
                     (1.0,) * 7, str(i), dev=True)
             )  # fmt: skip
             said.append(np.repeat(odds[:, :, None], 7, axis=2))
-        found[name] = combined.learn(combined.Read(rows, said))
+        found[name] = combined.learn(combined.Read(rows, said, [np.arange(8) > 0] * 600))
     assert (found["at once"].later < -0.5).all()
     assert (found["anywhere"].later > -0.5).all()
     assert (found["anywhere"].later <= 0.0).all()
-    first, later = found["at once"].of(np.zeros((2, 2, 7)))
+    first, later = found["at once"].of(np.zeros((2, 2, 7)), SECOND)
     assert later - first == pytest.approx(found["at once"].later)
 
 
 def test_as_much_is_settled_as_loses_next_to_nothing() -> None:
     """Where the cheap one sees all harm, it settles every harmless row and no harmful one."""
     stage, read = staged(blind=0.0)
-    settled = [stage.settled(said).all() for said in read.log_odds]
+    settled = [stage.settled(said, SECOND).all() for said in read.log_odds]
     harmful = [row.targets[0] > 0 for row in read.rows]
     assert not any(done for done, is_harmful in zip(settled, harmful, strict=True) if is_harmful)
     assert stage.shares(read)[0] > 0.6
@@ -94,7 +95,7 @@ def test_as_much_is_settled_as_loses_next_to_nothing() -> None:
 def test_a_blind_first_look_settles_no_harm() -> None:
     """It finds a third of the harm clearly harmless: then little is clear, and all are asked."""
     stage, read = staged(blind=0.3)
-    settled = [stage.settled(said).all() for said in read.log_odds]
+    settled = [stage.settled(said, SECOND).all() for said in read.log_odds]
     harmful = [row.targets[0] > 0 for row in read.rows]
     missed = sum(done and is_harmful for done, is_harmful in zip(settled, harmful, strict=True))
     assert missed <= 0.01 * sum(harmful)
@@ -114,11 +115,10 @@ def test_the_worker_computes_what_was_chosen(tmp_path: Path) -> None:
     assert found is not None
     for said in read.log_odds[:40]:
         by_detector = 1 / (1 + np.exp(-said.transpose(1, 0, 2)))  # (D, S, 7)
-        later = np.arange(len(said)) > 0
-        expected = 1 / (1 + np.exp(-stage.of(said)))
-        assert found.combined(by_detector, later) == pytest.approx(expected, abs=2e-4)
-        asked = np.where(stage.settled(said), 1, 2)
-        assert found.asked(by_detector, later).tolist() == asked.tolist()
+        expected = 1 / (1 + np.exp(-stage.of(said, SECOND)))
+        assert found.combined(by_detector, SECOND) == pytest.approx(expected, abs=2e-4)
+        asked = np.where(stage.settled(said, SECOND), 1, 2)
+        assert found.asked(by_detector, SECOND).tolist() == asked.tolist()
     assert set(contents["stages"][0]["below"]) == set(COLUMNS)
 
 
@@ -133,9 +133,9 @@ def test_two_stages_are_computed_as_they_were_chosen(tmp_path: Path) -> None:
         dear = of_row[:, 1:]  # (2, 1, 7)
         noise = chance.normal(0, 1, (2, 2, 7))
         trio.append(np.hstack([0.5 * dear + noise[:, :1], dear + noise[:, 1:], dear]))
-    read = {"calibrate": combined.Read(rows, trio)}
+    read = {"calibrate": combined.Read(rows, trio, [SECOND] * 400)}
     for name in ("harmless", "look_alikes", "counter_speech"):
-        read[f"calibrate_{name}"] = combined.Read([], [])
+        read[f"calibrate_{name}"] = combined.Read([], [], [])
     weights = combined.learn(read["calibrate"])
     stage = combined.stage(read, combined.stage(read, weights, 2), 1)
     assert [len(it.first.slopes) for it in stage.stages()] == [1, 2]
@@ -151,8 +151,7 @@ def test_two_stages_are_computed_as_they_were_chosen(tmp_path: Path) -> None:
     asked = set()
     for of_row in trio:
         by_detector = 1 / (1 + np.exp(-of_row.transpose(1, 0, 2)))  # (D, S, 7)
-        later = np.arange(len(of_row)) > 0
-        expected = 1 / (1 + np.exp(-stage.of(of_row)))
-        assert found.combined(by_detector, later) == pytest.approx(expected, abs=2e-4)
-        asked |= set(found.asked(by_detector, later).tolist())
+        expected = 1 / (1 + np.exp(-stage.of(of_row, SECOND)))
+        assert found.combined(by_detector, SECOND) == pytest.approx(expected, abs=2e-4)
+        asked |= set(found.asked(by_detector, SECOND).tolist())
     assert asked == {1, 2, 3}

@@ -44,6 +44,8 @@ def contents(**changes: Any) -> dict[str, Any]:
 
 
 FIRST = np.array([False])  # one segment, the first of its reply
+BEFORE = "An opening that holds some thirty letters. "
+PLAIN = {column: [0.25, 0.5, -1.0] for column in COLUMNS}
 
 
 def written(folder: Path, **changes: Any) -> Path:
@@ -62,29 +64,28 @@ def test_it_is_the_weighted_sum_of_log_odds(tmp_path: Path) -> None:
 
 def test_a_later_segment_needs_more_for_the_same_probability(tmp_path: Path) -> None:
     """What a column loses is taken from its log-odds, where there is text before the segment."""
-    found = combine.read(written(tmp_path, later={"violence": -1.5, "harmful": 0.0}), PAIR)
+    found = combine.read(
+        written(tmp_path, weights=PLAIN | {"violence": [0.25, 0.5, -1.0, -1.5]}), PAIR
+    )
     assert found is not None
     scores = np.array([[[0.8] * 7] * 2, [[0.5] * 7] * 2])  # two detectors, two segments
-    passages = [Passage("one", "", ()), Passage("two", "one", ())]
+    passages = [Passage("one", "", ()), Passage("two", BEFORE, ())]
     first, later = found.combined(scores, combine.follows(passages))
     plain = 0.25 * odds(0.8) - 1
     assert first == pytest.approx([chance(plain)] * 7, abs=1e-6)
     assert later == pytest.approx([chance(plain - 1.5), *[chance(plain)] * 6], abs=1e-6)
 
 
-@pytest.mark.parametrize("shift", [0.5, float("inf"), float("-inf"), None])
-def test_a_later_segment_never_needs_less(tmp_path: Path, shift: float | None) -> None:
+@pytest.mark.parametrize("more", [[0.5], [float("inf")], [float("-inf")], [-1.0, -1.0]])
+def test_a_later_segment_never_needs_less(tmp_path: Path, more: list[float]) -> None:
     """A file that says so is refused, at both of its places."""
-    later = {"hate_speech": shift} if shift is not None else {"hate": -1.0}
-    text = json.dumps(contents(later=later)).replace("Infinity", "1e999")
-    (tmp_path / combine.FILE).write_text(text)
-    with pytest.raises(CombinationError):
-        combine.read(tmp_path, PAIR)
-    (tmp_path / combine.FILE).write_text(
-        json.dumps(contents(stages=[first(later=later)])).replace("Infinity", "1e999")
-    )
-    with pytest.raises(CombinationError):
-        combine.read(tmp_path, PAIR)
+    of_two = PLAIN | {"hate_speech": [0.25, 0.5, -1.0, *more]}
+    of_one = {column: [1.0, -1.0] for column in COLUMNS} | {"hate_speech": [1.0, -1.0, *more]}
+    for changes in ({"weights": of_two}, {"stages": [first(weights=of_one)]}):
+        text = json.dumps(contents(**changes)).replace("Infinity", "1e999")
+        (tmp_path / combine.FILE).write_text(text)
+        with pytest.raises(CombinationError, match=r"hate_speech|out of range"):
+            combine.read(tmp_path, PAIR)
 
 
 def test_a_score_that_is_missing_stays_missing(tmp_path: Path) -> None:
@@ -181,7 +182,10 @@ def first(**changes: Any) -> dict[str, Any]:
         ({"stages": [first(detectors=2)]}, "stages: detectors"),
         ({"stages": [first(detectors=0)]}, "stages: detectors"),
         ({"stages": [first(), first()]}, "stages: detectors"),
-        ({"stages": [first(weights={c: [1.0, 1.0, 0.0] for c in COLUMNS})]}, "stages: weights: v"),
+        (
+            {"stages": [first(weights={c: [1.0, 1.0, 0.0, 0.0] for c in COLUMNS})]},
+            "stages: weights: v",
+        ),
         ({"stages": [first(below={"violence": 0.2})]}, "stages: below: need violence"),
         ({"stages": [first(below=dict.fromkeys(COLUMNS, 1.2))]}, "stages: below: violence"),
         ({"stages": [first(below=dict.fromkeys(COLUMNS, 0.6))]}, "0 to its threshold, 0.5"),
@@ -295,16 +299,25 @@ def test_what_the_first_detectors_settle_goes_to_no_other(tmp_path: Path) -> Non
     assert (calm.stage, loud.stage) == ("toxicity", "context")
 
 
+@pytest.mark.parametrize(
+    "before", ["", "\n" * 200, " .\u200b" * 99, "\u2800" * 120, "Well, then: "]
+)
+def test_blanks_before_a_segment_make_it_no_later_one(before: str) -> None:
+    """Who puts invisible characters in front must not have the rest judged more mildly."""
+    passages = [Passage("text", before, ()), Passage("text", BEFORE, ())]
+    assert combine.follows(passages).tolist() == [False, True]
+
+
 def test_a_first_look_settles_a_later_segment_sooner(tmp_path: Path) -> None:
     """0.5 less 1 is 0.27, above 0.2; less another 1 it is 0.12, and no other is asked."""
     cheap = Counting("toxicity", {"opening": 0.5, "later": 0.5})
     dear = Counting("context", {"opening": 0.8, "later": 0.8})
     digests = {"toxicity": cheap.digest, "context": dear.digest}
-    less = dict.fromkeys(COLUMNS, -1.0)
-    path = written(tmp_path, detectors=digests, stages=[first(later=less)])
+    less = {column: [1.0, -1.0, -1.0] for column in COLUMNS}
+    path = written(tmp_path, detectors=digests, stages=[first(weights=less)])
     found = combine.read(path, (cheap, dear))
     assert found is not None
-    passages = [Passage("opening", "", ()), Passage("later", "opening", ())]
+    passages = [Passage("opening", "", ()), Passage("later", BEFORE, ())]
     rows = detect.encode((cheap, dear), passages)
     opening, later = detect.score((cheap, dear), rows, found, combine.follows(passages))
     assert later.scores == pytest.approx([chance(odds(0.5) - 2)] * 7, abs=1e-6)

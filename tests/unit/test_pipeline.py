@@ -408,11 +408,10 @@ class Half(Constant):
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_a_later_segment_loses_what_was_learnt(tmp_path: Path, at_once: bool) -> None:
     """On both ways to the models: by batches, and one segment at once."""
-    weights = {column: [0.5, 0.5, 0.0] for column in COLUMNS}
+    weights = {column: [0.5, 0.5, 0.0, -2.0] for column in COLUMNS}
     contents = {
         "detectors": {"one": "one", "two": "two"}, "weights": weights,
         "thresholds": dict.fromkeys(THRESHOLD_KEYS, 0.9),
-        "later": dict.fromkeys(COLUMNS, -2.0),
     }  # fmt: skip
     (tmp_path / "combination.json").write_text(json.dumps(contents))
     settings = Settings(models=tmp_path, context_segments=2)
