@@ -99,7 +99,13 @@ def test_what_is_reported_chooses_nothing() -> None:
     names = ["gptfuzz", "or_bench_hard", "arena_hard", "gbv_counterspeech"]
     names += sorted(sources.LEFT_OUT)
     many = [
-        row(id=str(i), source=chance.choice(names), group=str(chance.randrange(900)), dev=True)
+        row(
+            id=str(i),
+            source=chance.choice(names),
+            group=str(chance.randrange(900)),
+            dev=True,
+            text="A long text. " * 40,
+        )
         for i in range(3000)
     ]
     parts = rows.split(many)
@@ -148,6 +154,12 @@ def test_only_texts_that_stood_alone_turn_up_behind_other_peoples_answers() -> N
     turned = [s for s in windows.samples([plain, *both], random.Random(3)) if s.source == "turned"]
     assert {s.targets[0] for s in turned} == {0, 1}
     assert all(s.passage.text.startswith("comment") for s in turned)
+
+
+def test_a_short_reply_is_no_long_harmless_one() -> None:
+    """Four hundred characters are long; fewer say nothing about long replies."""
+    found = [sets.is_long_harmless(row(source="arena_hard", text="x" * n)) for n in (399, 400)]
+    assert found == [False, True]
 
 
 def test_a_mix_takes_so_many_rows_of_a_source_and_no_more() -> None:
